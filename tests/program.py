@@ -1,0 +1,116 @@
+"""Runs main.py many times without paying for its imports each time.
+
+A server imports main.py, uses nothing of it, and forks for each command line. The fork runs `main.main()` as
+`python3 main.py ...` does, in a process of its own, with its own exit status, that can be signalled and killed.
+"""
+
+import multiprocessing
+import multiprocessing.forkserver
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parent.parent
+TINY = ("--image_size=32", "--nf=2", "--nz=4", "--batch_size=8", "--n_test=6", "--print_every=1", "--n_samples=10")
+
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["main", "pytest"])  # the children of a pytest import it: it is their main module
+
+
+def start(target: Callable[..., None], *args: object) -> multiprocessing.process.BaseProcess:
+    """A process, forked from the server, that runs target(*args)."""
+    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
+    os.environ |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    multiprocessing.forkserver.ensure_running()
+    for name, value in before.items():
+        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+    process = CONTEXT.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def _main(argv: list[str], folder: Path, uid: int | None, max_bytes: int | None, env: dict[str, str]) -> None:
+    """What a fork does."""
+    os.environ |= env
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if max_bytes is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does: the write fails, the process lives
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, max_bytes))
+    import main
+
+    main.tqdm.set_lock(threading.RLock())  # tqdm's own is shared by processes, and what is killed never frees it
+    sys.argv = ["main.py", *argv]
+    if uid is not None:
+        os.setuid(uid)
+    sys.exit(main.main())
+
+
+class Program:
+    """`python3 main.py ARGV`, started; what it prints goes to files in `folder`."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *argv: object,
+        uid: int | None = None,
+        max_bytes: int | None = None,
+        env: dict[str, str] | None = None,
+    ):
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        self.process = start(_main, [str(a) for a in argv], folder, uid, max_bytes, env or {})
+
+    def kill(self, number: int) -> None:
+        """Sends a signal; nothing happens if the process is over."""
+        if self.process.exitcode is None:
+            os.kill(self.process.pid, number)
+
+    def wait(self, timeout: float = 300) -> int:
+        """The exit status, or minus the signal that ended it."""
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            self.process.kill()
+            raise TimeoutError(f"main.py still runs after {timeout} s:\n{self.err}")
+        return self.process.exitcode
+
+    def wait_until(self, happens: Callable[[], bool], timeout: float = 300) -> bool:
+        """Waits until something happens; False if the process ended before it did."""
+        end = time.monotonic() + timeout
+        while not happens():
+            if self.process.exitcode is not None:
+                return happens()
+            if time.monotonic() > end:
+                self.process.kill()
+                raise TimeoutError(f"nothing happened in {timeout} s:\n{self.err}")
+            time.sleep(0.0002)
+        return True
+
+    @property
+    def out(self) -> str:
+        """What it printed."""
+        return (self.folder / "stdout").read_text()
+
+    @property
+    def err(self) -> str:
+        """What it printed on standard error: messages, progress bars, tracebacks."""
+        path = self.folder / "stderr"
+        return path.read_text() if path.exists() else ""
+
+    @property
+    def messages(self) -> list[str]:
+        """The lines on standard error that are no progress bar."""
+        lines = [line.split("\r")[-1] for line in self.err.splitlines()]
+        return [line for line in lines if line.strip() and "%|" not in line and "?img/s" not in line]
+
+
+def run(folder: Path, *argv: object, **options: int) -> Program:
+    """`python3 main.py ARGV`, ended."""
+    program = Program(folder, *argv, **options)
+    program.wait()
+    return program
