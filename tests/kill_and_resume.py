@@ -39,11 +39,14 @@ def flags_of(mode: str, data: Path, epochs: int) -> list[str]:
     return [f"--dataroot={data}", f"--mode={mode}", *TINY, *pretraining, f"--niter={epochs}", "--seed=5"]
 
 
-def kill_at_random(run: Program, outf: Path, moment: str, epoch_s: float, rng: random.Random) -> None:
-    """Kills a run at a moment of the kind asked for, as far as it gets there before it is over."""
+def kill_at_random(run: Program, outf: Path, moment: str, rng: random.Random) -> None:
+    """Kills a run at a moment of the kind asked for, as far as it gets there before it is over.
+
+    Moments are told by what the run has written, not by the clock: a machine may be slow, or fast, or busy.
+    """
+    log = outf / "log.csv"
 
     def log_id() -> tuple[int, int] | None:
-        log = outf / "log.csv"
         return (log.stat().st_ino, log.stat().st_mtime_ns) if log.exists() else None
 
     left_over = set(outf.glob(HALF_WRITTEN))
@@ -56,7 +59,9 @@ def kill_at_random(run: Program, outf: Path, moment: str, epoch_s: float, rng: r
     elif moment == "training":
         before = log_id()
         run.wait_until(lambda: log_id() != before)  # a run begins by replacing the log
-        time.sleep(rng.uniform(0, 1.3 * epoch_s))
+        steps = log.read_bytes().count(b"\n") + rng.randrange(9)  # an epoch has six, and a row at its end
+        run.wait_until(lambda: log.read_bytes().count(b"\n") >= steps)
+        time.sleep(rng.uniform(0, 0.02))
     elif moment == "checkpoint":
         for _ in range(rng.randrange(3)):  # let some be written
             run.wait_until(writes)
@@ -69,7 +74,7 @@ def kill_at_random(run: Program, outf: Path, moment: str, epoch_s: float, rng: r
     run.kill(signal.SIGKILL)
 
 
-def kill_and_resume(outf: Path, flags: list[str], kills: int, epoch_s: float, seed: int) -> Counter[str]:
+def kill_and_resume(outf: Path, flags: list[str], kills: int, seed: int) -> Counter[str]:
     """Trains with so many kills, the last of them in the final evaluation, and then to the end.
 
     Returns:
@@ -81,9 +86,10 @@ def kill_and_resume(outf: Path, flags: list[str], kills: int, epoch_s: float, se
     for moment in [*moments[: kills - 1], "evaluation", None]:
         resume = [f"--checkpoint={checkpoint}"] if checkpoint.exists() else []
         before = set(outf.glob(HALF_WRITTEN))
-        run = Program(outf.parent / "output", *flags, f"--outf={outf}", *resume)
+        longer = ["--n_samples=1000000"] if moment == "evaluation" else []  # or it would be over before the kill
+        run = Program(outf.parent / "output", *flags, f"--outf={outf}", *resume, *longer)
         if moment:
-            kill_at_random(run, outf, moment, epoch_s, rng)
+            kill_at_random(run, outf, moment, rng)
         status = run.wait()
         if status not in (0, -signal.SIGKILL):
             raise SystemExit(f"a run ended with status {status} after {tally}:\n{run.err}")
@@ -132,12 +138,10 @@ def differences(a: Path, b: Path) -> list[str]:
 def try_out(folder: Path, data: Path, mode: str, epochs: int, kills: int, seed: int) -> tuple[Counter[str], list[str]]:
     """One undisturbed and one killed training: the tally of the second, and what differs between them."""
     flags = flags_of(mode, data, epochs)
-    begin = time.monotonic()
     whole = Program(folder / "output", *flags, f"--outf={folder / 'whole'}")
     if whole.wait():
         raise SystemExit(whole.err)
-    epoch_s = (time.monotonic() - begin) / epochs
-    tally = kill_and_resume(folder / "killed", flags, kills, epoch_s, seed)
+    tally = kill_and_resume(folder / "killed", flags, kills, seed)
     return tally, differences(folder / "whole", folder / "killed")
 
 
