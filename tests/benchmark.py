@@ -69,13 +69,14 @@ class Predecessor:
     """Trains the networks of a WAE as telin0411/WAE-PyTorch does: an encoding and a backward pass for each loss.
 
     Gradients are set to zero once, at the beginning of a step, so that the encoder's last Adam step sees the sum of
-    what all the backward passes left; the reconstruction loss is a mean over pixels; the layout is PyTorch's default.
+    what all the backward passes left; the reconstruction loss is a mean over pixels. It knows neither channels last nor
+    bfloat16; `train_predecessor`, which is about results and not about speed, has both, as main.py has.
     """
 
-    def __init__(self, wae: main.WAE):
+    def __init__(self, wae: main.WAE, layout: torch.memory_format = torch.contiguous_format):
         self.wae, flags = wae, wae.flags
         for network in wae.networks().values():
-            network.to(memory_format=torch.contiguous_format)
+            network.to(memory_format=layout)
         adam = partial(torch.optim.Adam, betas=(flags.beta1, 0.999))
         self.adam_encoder = adam(wae.encoder.parameters(), lr=flags.lr)
         self.adam_decoder = adam(wae.decoder.parameters(), lr=flags.lr)
@@ -83,26 +84,36 @@ class Predecessor:
             self.adam_discriminator = adam(wae.discriminator.parameters(), lr=flags.lr_adv)
             self.adam_penalty = adam(wae.encoder.parameters(), lr=flags.lr)
 
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes (n, nz) of images (n, 3, S, S)."""
+        with self.wae.autocast():
+            return self.wae.encoder(x).float()
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images (n, 3, S, S) of codes (n, nz)."""
+        with self.wae.autocast():
+            return self.wae.decoder(codes).float()
+
     def step(self, x: Tensor) -> None:
         """One step on images (n, 3, S, S)."""
         wae, flags = self.wae, self.wae.flags
         for network in wae.networks().values():
             network.zero_grad()
-        F.mse_loss(wae.decoder(wae.encoder(x)), x).backward()
+        F.mse_loss(self.decode(self.encode(x)), x).backward()
         self.adam_decoder.step()
         self.adam_encoder.step()
 
         z = wae.sample_prior(len(x))
         if flags.mode == "mmd":
-            (flags.LAMBDA * model.mmd_penalty(wae.encoder(x), z, flags.kernel, flags.pz_scale)).backward()
+            (flags.LAMBDA * model.mmd_penalty(self.encode(x), z, flags.kernel, flags.pz_scale)).backward()
             self.adam_encoder.step()
             return
         wae.encoder.eval()
-        codes = wae.encoder(x)  # not detached: the discriminator's loss leaves a gradient on the encoder, too
+        codes = self.encode(x)  # not detached: the discriminator's loss leaves a gradient on the encoder, too
         wae.encoder.train()
         (flags.LAMBDA * model.discriminator_loss(wae.discriminator(z), wae.discriminator(codes))).backward()
         self.adam_discriminator.step()
-        (flags.LAMBDA * F.softplus(-wae.discriminator(wae.encoder(x))).mean()).backward()
+        (flags.LAMBDA * F.softplus(-wae.discriminator(self.encode(x))).mean()).backward()
         self.adam_penalty.step()
 
 
@@ -117,12 +128,12 @@ def train_predecessor(argv: list[str]) -> None:
     images = utils.put_on_device(images, world.device)
     train, test = images[: -flags.n_test], images[-flags.n_test :]
     wae = main.WAE(flags, world)
-    predecessor = Predecessor(wae)
+    predecessor = Predecessor(wae, torch.channels_last)
     steps = len(train) // flags.batch_size
     for epoch in range(flags.niter):
         indices = utils.epoch_order(len(train), flags.seed, epoch)[: steps * flags.batch_size].reshape(steps, -1)
         for batch in utils.batches(train, indices, world.device):
-            predecessor.step(wae.to_input(batch).contiguous())
+            predecessor.step(wae.to_input(batch))
         print(f"epoch {epoch + 1}/{flags.niter}")
     main.refresh_batch_norm(wae, train)
     main.evaluate(wae, train, test, flags.niter, folders=False)

@@ -166,6 +166,18 @@ def test_mmd_in_blocks_has_the_same_value_and_gradient(kernel, rows, monkeypatch
     assert max(sizes) == rows * n  # no kernel matrix was larger than allowed, in either pass
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_compiled_mmd_in_blocks_has_the_same_value_and_gradient(kernel, monkeypatch):
+    """Captured, not generated: what differentiates inside of the penalty is what a compiler could get wrong."""
+    monkeypatch.setattr(model, "BLOCK_ENTRIES", 5 * 13)
+    codes, prior = double(13, 3).requires_grad_(), double(13, 3) + 1
+    compiled = torch.compile(model.mmd_penalty, backend="aot_eager")
+    values = [penalty(2 * codes, prior, kernel) for penalty in (model.mmd_penalty, compiled)]
+    gradients = [torch.autograd.grad(value, codes)[0] for value in values]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*gradients)
+
+
 def test_mmd_in_blocks_of_less_than_a_row_takes_one_row(monkeypatch):
     codes, prior = double(6, 2), double(6, 2)
     whole = model.mmd_penalty(codes, prior)
