@@ -356,6 +356,29 @@ def test_compiled_networks_compute_the_same(monkeypatch, toy_faces, tmp_path):
     assert list(load(compiled)["encoder"]) == list(load(plain)["encoder"])  # no trace of it in the names
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--mode=gan", "--noise=add_noise", "--nowozin_trick"),
+        ("--mode=gan", "--arch=paper", "--cost=l1", "--input_normalize_sym"),
+        ("--mode=mmd", "--kernel=IMQ", "--cost=l2"),
+        ("--mode=mmd", "--kernel=RBF"),
+        ("--mode=mmd", "--kernel=RBF", "--batch_size=1100"),  # in blocks
+    ],
+)
+def test_a_step_waits_for_nothing_that_its_device_computes(flags, tmp_path):
+    """On tensors of a device and a shape, but no values: reading one, or mixing it with the CPU's, would fail."""
+    argv = [f"--dataroot={tmp_path}", *TINY, "--seed=1", *flags, f"--outf={tmp_path}"]
+    wae = main.WAE(main.parse_flags(argv)[0], utils.World(0, 1, 0, torch.device("meta")))
+    for optimizer in filter(None, (wae.optimizer, wae.optimizer_d)):
+        optimizer.param_groups[0] |= {"fused": False, "foreach": False}  # fused is for devices that compute
+    wae.prepare_training()
+    n = wae.flags.batch_size
+    x = wae.to_input(torch.empty(n, 32, 32, 3, dtype=torch.uint8, device="meta"))
+    losses = wae.train_step(x, wae.sample_prior(n))
+    assert losses.shape == (3,) and losses.device.type == "meta"
+
+
 def test_bfloat16_is_close_to_float32(trained, toy_faces, tmp_path):
     outf = train(tmp_path, toy_faces, "--mode=gan", "--amp")
     plain, amp = rows(trained["gan"])[0], rows(outf)[0]
