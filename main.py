@@ -316,7 +316,8 @@ class WAE:
             prior: draws z_1 ... z_N of the prior, as many as the batch has over all processes, (N, nz).
 
         Returns:
-            Reconstruction cost, penalty and the discriminator's loss (zero for mmd), without a wait for the device.
+            Reconstruction cost, penalty and the discriminator's loss (zero for mmd), without a wait for the device (but
+            for those that PyTorch's batch norm over several GPUs has of its own).
         """
         flags, world = self.flags, self.world
         with self.autocast():
@@ -707,7 +708,8 @@ def run(argv: list[str]) -> int:
     images = utils.put_on_device(images, world.device)
     train_images, test_images = images[:n_train], images[n_train:]
 
-    torch.backends.cudnn.benchmark = True  # all training batches have one shape
+    # All training batches have one shape. On a GPU, convolutions may use TF32, as by default; the penalties do not.
+    torch.backends.cudnn.benchmark = True
     wae = WAE(flags, world)
     if checkpoint:
         wae.load(checkpoint)

@@ -332,7 +332,10 @@ def peak(bench: Bench) -> Iterator[Row]:
     a = torch.randn(size, size, device=bench.world.device)
 
     def product() -> float:
-        return bench.rate(5 * 2 * size**3, lambda: [a @ a for _ in range(5)])
+        torch.set_float32_matmul_precision("high" if bench.cuda else "highest")  # TF32, which convolutions may use
+        rate = bench.rate(5 * 2 * size**3, lambda: [a @ a for _ in range(5)])
+        torch.set_float32_matmul_precision("highest")
+        return rate
 
     for mode in ("gan", "mmd"):
         wae = bench.wae(f"--mode={mode}")
@@ -343,15 +346,17 @@ def peak(bench: Bench) -> Iterator[Row]:
         per_image = counter.get_total_flops() / 100
         step = partial(memory_rate, bench, wae, x)
         (rate, best), (_, ratio) = in_turns(bench.rounds, lambda step=step, n=per_image: step() * n, product)
-        name, against = f"operations of a step, {mode}, nf {bench.nf}", f"fp32 product, {best / 1e9:.0f} GFLOP/s"
+        against = f"{'TF32' if bench.cuda else 'fp32'} product, {best / 1e9:.0f} GFLOP/s"
+        name = f"operations of a step, {mode}, nf {bench.nf}"
         yield Row(name, f"{rate / 1e9:.0f} GFLOP/s ({per_image / 1e9:.2f} an image)", against, f"{ratio:.2f}")
-        shares = ", ".join(f"{op} {share:.0%}" for op, share in profiled(bench, wae, x, prior)[0][:6])
+        shares = ", ".join(f"{op[:60]} {share:.0%}" for op, share in profiled(bench, wae, x, prior)[0][:6])
         yield Row(f"where the time of a step goes, {mode}", shares)
 
 
 def profiled(bench: Bench, wae: main.WAE, x: Tensor, prior: Tensor) -> tuple[list[tuple[str, float]], float]:
     """Operators with their shares of the time of a few steps, and the share of time that the GPU is busy."""
-    with profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * bench.cuda) as profiler:
+    # On a GPU its kernels alone: to record what launches them would take time of its own.
+    with profile(activities=[ProfilerActivity.CUDA if bench.cuda else ProfilerActivity.CPU]) as profiler:
         start = time.perf_counter()
         for _ in range(bench.steps):
             wae.train_step(x, prior)
@@ -360,7 +365,7 @@ def profiled(bench: Bench, wae: main.WAE, x: Tensor, prior: Tensor) -> tuple[lis
     events = [e for e in profiler.key_averages() if not e.is_user_annotation]
     if bench.cuda:
         events = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    times = {e.key[:60]: e.self_device_time_total if bench.cuda else e.self_cpu_time_total for e in events}
+    times = {e.key: e.self_device_time_total if bench.cuda else e.self_cpu_time_total for e in events}
     total = max(sum(times.values()), 1e-9)
     shares = sorted(((key.removeprefix("aten::"), t / total) for key, t in times.items()), key=lambda pair: -pair[1])
     return shares, total / 1e6 / wall
