@@ -39,14 +39,20 @@ def flags_of(mode: str, data: Path, epochs: int) -> list[str]:
     return [f"--dataroot={data}", f"--mode={mode}", *TINY, *pretraining, f"--niter={epochs}", "--seed=5"]
 
 
+def log_lines(outf: Path) -> int:
+    """Rows of the log so far, with the heading."""
+    log = outf / "log.csv"
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
 def kill_at_random(run: Program, outf: Path, moment: str, rng: random.Random) -> None:
     """Kills a run at a moment of the kind asked for, as far as it gets there before it is over.
 
     Moments are told by what the run has written, not by the clock: a machine may be slow, or fast, or busy.
     """
-    log = outf / "log.csv"
 
     def log_id() -> tuple[int, int] | None:
+        log = outf / "log.csv"
         return (log.stat().st_ino, log.stat().st_mtime_ns) if log.exists() else None
 
     left_over = set(outf.glob(HALF_WRITTEN))
@@ -59,8 +65,8 @@ def kill_at_random(run: Program, outf: Path, moment: str, rng: random.Random) ->
     elif moment == "training":
         before = log_id()
         run.wait_until(lambda: log_id() != before)  # a run begins by replacing the log
-        steps = log.read_bytes().count(b"\n") + rng.randrange(9)  # an epoch has six, and a row at its end
-        run.wait_until(lambda: log.read_bytes().count(b"\n") >= steps)
+        lines = log_lines(outf) + rng.randrange(9)  # an epoch has six steps, and a row at its end
+        run.wait_until(lambda: log_lines(outf) >= lines)
         time.sleep(rng.uniform(0, 0.02))
     elif moment == "checkpoint":
         for _ in range(rng.randrange(3)):  # let some be written

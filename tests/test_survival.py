@@ -14,19 +14,13 @@ from typing import Any
 
 import pytest
 import torch
-from kill_and_resume import differences, draw_faces, try_out, unequal
+from kill_and_resume import differences, draw_faces, log_lines, try_out, unequal
 from program import TINY, Program, run
 
 import main
 import utils
 
 NO_GPU = not torch.cuda.is_available()
-
-
-def log_lines(outf: Path) -> int:
-    """Rows of the log so far, with the heading."""
-    log = outf / "log.csv"
-    return log.read_bytes().count(b"\n") if log.exists() else 0
 
 
 def contents(folder: Path) -> dict[str, bytes]:
