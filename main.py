@@ -39,6 +39,7 @@ from utils import UsageError, UserError, World
 
 COLUMNS = ("epoch", "step", "reconstruction", "penalty", "discriminator", "lr", "images_per_s")
 TEST_COLUMNS = ("test_mse", "test_mmd", "test_code_mean", "test_code_variance")
+PAPER_EPOCHS = 55  # of the paper's CelebA runs, which its schedule of learning rates is made for
 BATCH_NORM_BATCHES = 20  # training batches that batch norm's statistics are re-estimated from before an evaluation
 
 # Flags that say what is learned and how: a run keeps those that it began with. On --checkpoint they come from the file.
@@ -131,11 +132,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("nowozin_trick", False, None, "gan: add the prior's log density to the discriminator's logit")
 
     add = section("optimisation")
-    add("niter", 55, count, "epochs; at least 1")
+    add("niter", PAPER_EPOCHS, count, "epochs; at least 1")
     add("lr", 0.0003, positive, "learning rate of encoder and decoder; more than 0")
     add("lr_adv", None, positive, "gan: learning rate of the discriminator; more than 0 (default: 3 x lr)")
     add("beta1", 0.5, number(float, 0, 0.9999), "Adam's decay of the first moment; 0 to 0.9999")
-    add("lr_schedule", "paper", ("paper", "constant"), "paper: half the rates after epoch 30, a tenth after epoch 50")
+    add("lr_schedule", "paper", ("paper", "scaled", "constant"), "paper: half the rates after epoch 30, a tenth after "
+        "epoch 50; scaled: the same, for NITER epochs in place of the paper's 55")
     add("e_pretrain", False, None, "first train the encoder alone, until the moments of its codes match the prior's")
     add("e_pretrain_sample_size", 256, number(int, 2, 100_000), "images in a step of that; 2 to 100000")
     add("e_pretrain_iters", 200, count, "steps of that, at most; at least 1")
@@ -520,8 +522,10 @@ def picture_of_codes(wae: WAE, codes: Tensor) -> Any:
 # Training
 
 
-def learning_rate_factor(epoch: int, schedule: str) -> float:
-    """What the rates are multiplied with in an epoch, counted from 0 (the paper's appendix)."""
+def learning_rate_factor(epoch: int, schedule: str, niter: int) -> float:
+    """What the rates are multiplied with in an epoch, counted from 0, of a run of `niter` (the paper's appendix)."""
+    if schedule == "scaled":
+        epoch = epoch * PAPER_EPOCHS // niter  # where the paper's run would be
     if schedule == "constant" or epoch < 30:
         return 1.0
     return 0.5 if epoch < 50 else 0.1
@@ -589,7 +593,7 @@ def train_epoch(
     flags, world, epoch = wae.flags, wae.world, progress.epoch
     n = flags.batch_size
     steps = len(images) // n  # an epoch leaves out those images of its permutation that fill no batch
-    rates = wae.set_learning_rates(learning_rate_factor(epoch, flags.lr_schedule))
+    rates = wae.set_learning_rates(learning_rate_factor(epoch, flags.lr_schedule, flags.niter))
     # (steps, processes, images of each): every process takes its share of every batch
     order = utils.epoch_order(len(images), flags.seed, epoch)[: steps * n].reshape(steps, world.size, -1)
     first = min(progress.step, steps)  # a continued run may have moved to fewer images

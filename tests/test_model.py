@@ -571,9 +571,15 @@ def test_pretraining_brings_the_moments_of_the_codes_to_those_of_the_prior(noise
 
 
 def test_learning_rates_halve_after_30_epochs_and_fall_to_a_tenth_after_50():
-    factors = [main.learning_rate_factor(epoch, "paper") for epoch in range(55)]
-    assert factors == [1.0] * 30 + [0.5] * 20 + [0.1] * 5
-    assert {main.learning_rate_factor(epoch, "constant") for epoch in range(100)} == {1.0}
+    factors = [main.learning_rate_factor(epoch, "paper", niter=60) for epoch in range(60)]
+    assert factors == [1.0] * 30 + [0.5] * 20 + [0.1] * 10
+    assert {main.learning_rate_factor(epoch, "constant", niter=100) for epoch in range(100)} == {1.0}
+
+
+@pytest.mark.parametrize("niter, at_each", [(55, (30, 20, 5)), (110, (60, 40, 10)), (28, (16, 10, 2)), (1, (1, 0, 0))])
+def test_scaled_learning_rates_fall_after_the_same_part_of_any_run(niter, at_each):
+    factors = [main.learning_rate_factor(epoch, "scaled", niter) for epoch in range(niter)]
+    assert factors == np.repeat([1.0, 0.5, 0.1], at_each).tolist()
 
 
 def test_epoch_order_is_a_permutation_of_seed_and_epoch():

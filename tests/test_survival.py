@@ -540,7 +540,8 @@ def test_any_flags_end_in_a_run_or_in_a_message(in_process, trained, toy_faces, 
     pool = {flag: small.get(flag, numbers) for flag in (*INTEGERS, *FLOATS)}
     pool |= {"mode": ["gan", "mmd", "vae"], "arch": ["dcgan", "paper", ""], "cost": ["l2sq", "l2", "l1", "l0"]}
     pool |= {"noise": ["deterministic", "add_noise", "gaussian", "x"], "kernel": ["IMQ", "RBF", "imq"]}
-    pool |= {"sampler": ["prior", "gaussian"], "dataset": ["celebA", "folder"], "lr_schedule": ["paper", "constant"]}
+    pool |= {"sampler": ["prior", "gaussian"], "dataset": ["celebA", "folder"]}
+    pool |= {"lr_schedule": ["paper", "scaled", "constant"]}
     pool |= {"checkpoint": [str(path / "checkpoint.pth.tar") for path in trained.values()] + ["none"]}
     switches = ["input_normalize_sym", "nowozin_trick", "e_pretrain", "evaluate", "amp"]
     pool |= {"dataroot": [str(toy_faces), str(tmp_path), "none"]} | dict.fromkeys(switches)
