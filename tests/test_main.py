@@ -122,6 +122,13 @@ def test_the_log_has_a_row_for_each_print_and_each_epoch(toy_faces, tmp_path):
     assert pictures == {"fake_samples_epoch_002.png", "fake_samples_epoch_003.png"}  # every second, and the last
 
 
+def test_scaled_rates_fall_within_a_short_run_and_stretch_with_a_longer_one(toy_faces, tmp_path):
+    outf = train(tmp_path, toy_faces, "--niter=3", "--lr=0.002", "--lr_schedule=scaled")
+    assert [float(row["lr"]) for row in rows(outf) if row["lr"]] == [0.002] * 6 + [0.001] * 3
+    done(run(tmp_path, f"--checkpoint={outf / 'checkpoint.pth.tar'}", "--niter=6", "--n_samples=10"))
+    assert [float(row["lr"]) for row in rows(outf) if row["lr"]][9:] == [0.002] * 3 + [0.001] * 6
+
+
 def test_the_best_model_is_that_of_the_lowest_held_out_error(toy_faces, tmp_path):
     """The rate is high enough for the error to go up and down."""
     outf = train(tmp_path, toy_faces, "--niter=6", "--mode=mmd", "--lr=0.03", "--seed=4")
