@@ -1,29 +1,37 @@
-"""Put a data set where main.py finds it: CelebA from its host, or toy faces that are drawn here and need no network.
+"""Downloads or draws a data set for main.py.
 
-    python3 download_datasets.py celebA                           # -> data/celebA/img_align_celeba/000001.jpg ...
-    python3 download_datasets.py celebA --zip img_align_celeba.zip  # the same from a zip that you fetched by hand
-    python3 download_datasets.py toy                              # -> data/toy/img_align_toy/000001.jpg ...
+    python3 download_datasets.py celebA             # -> data/celebA/img_align_celeba/000001.jpg ...
+    python3 download_datasets.py celebA --zip FILE  # the same, from a zip that is here already
+    python3 download_datasets.py mnist              # -> data/mnist/digits/00000.png ...
+    python3 download_datasets.py toy                # -> data/toy/img_align_toy/000001.jpg ...
 
-Run the same command again to resume a download that was interrupted. A set that is there already is left alone.
+The same command resumes an interrupted download. A data set that is complete is left alone.
 """
+
+import signal
+
+if __name__ == "__main__":
+    # Ctrl-C during the imports ends the program without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import contextlib
-import errno
+import fcntl
 import functools
 import hashlib
+import html
+import http.client
+import io
 import itertools
 import multiprocessing
 import os
 import re
 import shutil
-import signal
-import stat
+import socket
 import sys
 import time
 import zipfile
 from collections.abc import Iterator
-from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
@@ -32,112 +40,117 @@ import requests
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
-try:
-    import fcntl
-except ImportError:  # Windows: two downloads into one folder at a time are then up to the user
-    fcntl = None
-
-# Why not torchvision's downloader: it gives the work to gdown and starts from zero each time, which hurts with 1.4 GB
-# from a host that cuts connections, and for years it saved the host's web page under the name of the zip.
-
-CELEBA_FOLDER = "img_align_celeba"  # the one folder of the zip
 CELEBA_URL = "https://drive.google.com/uc?export=download&id=0B7EVK8r0v71pZjFTYXZWM3FlRnM"
 CELEBA_MD5 = "00d2c5bc6d35e252742224ab0c1e8fcb"
-CELEBA_SIZE = 1_443_490_838  # bytes; only a guide, to look for room on the disk
+CELEBA_SIZE = 1_443_490_838  # bytes
 CELEBA_IMAGES = 202_599
-BY_HAND = (
-    "fetch img_align_celeba.zip by hand (http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html) and run: "
-    "python3 download_datasets.py celebA --zip path/to/img_align_celeba.zip"
-)
+MNIST_IMAGES = 70_000
+BY_HAND = "get the zip by hand from http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and use --zip"
 
 TIMEOUT_S = (15, 60)  # to connect, and between two reads
-MAX_STALLED = 8  # tries in a row that bring nothing, with pauses of 1, 2, 4 ... s: two minutes
+MAX_STALLED = 7  # attempts in a row without a new byte, with pauses of 2, 4, 8 ... seconds
+WORTH_A_RETRY = (
+    requests.ConnectionError,
+    requests.Timeout,
+    requests.exceptions.ChunkedEncodingError,
+)
 
 
-class Failure(Exception):
-    """What went wrong and what to do about it, in one line for the user; faults that may pass are ConnectionErrors."""
+class DownloadError(Exception):
+    """A final error, shown as one line. An error worth a retry is a requests.ConnectionError."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# CelebA
+# CelebA. torchvision's downloader cannot resume, and Google Drive often breaks off 1.4 GB.
 
 
-class DownloadForm(HTMLParser):
-    """The form of a web page that leads on to the file: where to, and its hidden fields."""
-
-    def __init__(self, html: str) -> None:
-        super().__init__()
-        self.action, self.fields = "", {}
-        self.feed(html)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        found = {key: value or "" for key, value in attrs}
-        if tag == "form" and "download" in found.get("id", "") + found.get("action", ""):
-            self.action = found.get("action", "")
-        elif tag == "input" and self.action and found.get("type") == "hidden" and "name" in found:
-            self.fields[found["name"]] = found.get("value", "")
+def read_at_least(chunks: Iterator[bytes], size: int) -> bytes:
+    """Returns the next `size` bytes or a few more, or what there is until the end."""
+    data = b""
+    while len(data) < size and (chunk := next(chunks, b"")):
+        data += chunk
+    return data
 
 
-def open_zip(session: requests.Session, url: str, start: int) -> tuple[requests.Response, Iterator[bytes]]:
-    """Return the answer that brings the zip, from byte `start` on if the host can do that, and the chunks of its body.
+def open_zip(url: str, start: int) -> tuple[requests.Response, Iterator[bytes]]:
+    """Returns the response with the zip, from byte `start` on if the host can, and its chunks.
 
-    Google Drive cannot scan a big file for viruses and says so on a page, with a form that leads on (or, in older days,
-    a cookie whose value confirms). Its "quota exceeded" is a page too, and both come with status 200: what the answer
-    begins with decides, not what its header says.
+    Google Drive first sends a page with a form that confirms the download. Its pages have status
+    200, too, so the first bytes tell what a response is.
     """
-    fields: dict[str, str] = {}
+    # Some hosts compress the response and then ignore Range. The pages should be in English.
+    headers = {"Accept-Encoding": "identity", "Accept-Language": "en"}
+    if start:
+        headers["Range"] = f"bytes={start}-"
+    fields = {}
     for _ in range(4):
-        headers = {"Range": f"bytes={start}-"} if start else {}
-        response = session.get(url, params=fields, headers=headers, stream=True, timeout=TIMEOUT_S)
+        response = requests.get(url, fields, headers=headers, stream=True, timeout=TIMEOUT_S)
         status, host = response.status_code, urlsplit(response.url).netloc
-        chunks = response.iter_content(1 << 16)  # bytes; the most that a broken connection loses of what came
-        first = next(chunks, b"")
-        if (status == 200 and first[:2] in (b"PK", b"")) or (start and status in (206, 416)):
+        # Small chunks, because a broken connection loses the last, incomplete one.
+        chunks = response.iter_content(1 << 12)
+        first = read_at_least(chunks, 16)
+        if status == 200 and not first:
+            raise requests.ConnectionError(f"{host} sends an empty response")
+        is_page = re.match(rb"\s*<(!doctype|html)", first, re.I)
+        is_rest = start and status in (206, 416) and not is_page
+        if is_rest or (status == 200 and first[:2] == b"PK"):
             return response, itertools.chain([first], chunks)
-        page = b"".join([first, *itertools.islice(chunks, 15)]).decode("utf-8", "replace")  # no more than 1 MB
+        page = (first + read_at_least(chunks, 1 << 16)).decode("utf-8", "replace")
         if re.search(r"quota exceeded|too many users have (viewed|downloaded)", page, re.I):
-            raise Failure(f"{host} says that the file's download quota is used up; try tomorrow, or {BY_HAND}")
+            raise DownloadError(f"{host}: the download quota is used up; wait a day, or {BY_HAND}")
         if status == 429 or status >= 500:
             raise requests.ConnectionError(f"{host} answers {status} {response.reason}")
         if status >= 400:
-            raise Failure(f"{host} answers {status} {response.reason}; {BY_HAND}")
-        form = DownloadForm(page)
-        tokens = [cookie.value for cookie in session.cookies if cookie.name.startswith("download_warning")]
-        if form.action:
-            url, fields = urljoin(response.url, form.action), form.fields
-        elif tokens:
-            fields = {"confirm": tokens[-1]}
-        else:
+            raise DownloadError(f"{host} answers {status} {response.reason}; {BY_HAND}")
+        form = re.search(r"<form[^>]*download.*?</form>", page, re.S)
+        if not form:
             break
-    title = re.search(r"<title>\s*([^<]{0,60})", page)
-    raise Failure(f"{host} sends a web page ('{title[1] if title else ''}') in place of the zip; {BY_HAND}")
+        tags = [
+            {name: html.unescape(value) for name, value in re.findall(r'([\w-]+)="([^"]*)"', tag)}
+            for tag in re.findall(r"<(?:form|input)[^>]*>", form[0])
+        ]
+        url = urljoin(response.url, tags[0].get("action", ""))
+        fields = {tag.get("name"): tag.get("value") for tag in tags if tag.get("type") == "hidden"}
+    title = re.search(r"<title>([^<]{0,80})", page)
+    title = title[1].strip() if title else ""
+    raise DownloadError(f"{host} sends a web page ('{title}') in place of the zip; {BY_HAND}")
 
 
 def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def receive(session: requests.Session, url: str, part: Path) -> None:
-    """Go on with `part` until it is whole, in one answer of the host; whatever fails, what came stays in it."""
+def receive(url: str, part: Path) -> int | None:
+    """Appends to `part` what one response brings. Returns the announced size of the whole file.
+
+    If the response begins at byte 0, the bytes that `part` has are skipped: it never shrinks.
+    """
     have = size_of(part)
-    response, chunks = open_zip(session, url, have)
-    with response:
-        if response.status_code == 416:  # nothing is left to send; the MD5 will tell whether that is so
-            return
-        if response.status_code == 200:
-            have = 0  # the host cannot resume: this is the file from its beginning
-        elif not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-            part.unlink()
-            raise requests.ConnectionError("the host does not go on from what is here, so it starts from zero")
-        length = response.headers.get("Content-Length")
-        whole = have + int(length) if length else None
-        bar = tqdm(total=whole, initial=have, desc=part.stem, unit="B", unit_scale=True, disable=None)
-        with bar, part.open("ab" if have else "wb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                bar.update(len(chunk))
-    if whole not in (None, size_of(part)):
-        raise requests.ConnectionError(f"the connection ended at {size_of(part):,} of {whole:,} bytes")
+    response, chunks = open_zip(url, have)
+    skip = have if response.status_code == 200 else 0
+    span = response.headers.get("Content-Range", "")
+    if response.status_code == 206 and not span.startswith(f"bytes {have}-"):
+        raise requests.ConnectionError(f"asked for bytes {have}-, the host sends '{span}'")
+    total = span.rpartition("/")[2] or response.headers.get("Content-Length", "")
+    # A compressed response has another length than the file.
+    known = total.isdecimal() and "Content-Encoding" not in response.headers
+    # A body without end must not fill the disk.
+    limit = min(int(total), 2 * CELEBA_SIZE) if known else 2 * CELEBA_SIZE
+    if response.status_code == 416:
+        chunks = ()
+    size = limit if known else None
+    bar = tqdm(initial=have, total=size, unit="B", unit_scale=True, disable=None)
+    with response, bar, part.open("ab") as file:
+        for chunk in chunks:
+            new = chunk[skip:][: max(0, limit - file.tell())]
+            skip = max(0, skip - len(chunk))
+            file.write(new)
+            file.flush()
+            bar.update(len(new))
+            if file.tell() >= limit:
+                break
+    if size and size_of(part) < size:
+        raise requests.ConnectionError(f"the connection ended after {size_of(part):,} bytes")
+    return size
 
 
 def md5_of(path: Path) -> str:
@@ -149,344 +162,162 @@ def md5_of(path: Path) -> str:
 
 
 def download(url: str, path: Path) -> None:
-    """Fetch CelebA's zip into the file `path`, through `path`.part, which a next call resumes."""
+    """Downloads CelebA's zip to `path`, by way of `path`.part, which the next call continues."""
     part = path.with_name(f"{path.name}.part")
-    best, stalled = size_of(part), 0
-    need = 2.3 * CELEBA_SIZE - best  # the zip, and its images in whole blocks of the disk
-    if (free := shutil.disk_usage(path.parent).free) < need:
-        raise Failure(f"{need / 1e9:.1f} GB needed, {free / 1e9:.1f} GB free: make room or choose another --data_dir")
-    print(f"downloading {url}, {best:,} bytes are here", flush=True)
-    with requests.Session() as session:
-        # without "identity" some hosts compress the answer and then ignore Range; the pages are read in English
-        session.headers.update({"Accept-Encoding": "identity", "Accept-Language": "en"})
-        while True:
-            try:
-                receive(session, url, part)
-                break
-            except (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError) as error:
-                fault = re.split("[\"']", str(error).rsplit(": ", 1)[-1])[0]  # the innermost of a nest of messages
-            except requests.RequestException as error:
-                raise Failure(f"cannot read {url}: {error}; {BY_HAND}") from error
-            # a host without ranges starts from zero each time: only more than ever before counts as progress
-            stalled = 0 if size_of(part) > best else stalled + 1
-            best = max(best, size_of(part))
-            if stalled == MAX_STALLED:
-                raise Failure(f"no headway ({fault}): run the same command later to resume, or {BY_HAND}")
-            pause = 2 ** max(0, stalled - 1)
-            tqdm.write(f"{fault}; trying again in {pause} s")
-            time.sleep(pause)
-    if (found := md5_of(part)) != CELEBA_MD5:
-        part.unlink()
-        raise Failure(f"{url} sent a wrong file, now deleted (MD5 {found}): run this once more, or {BY_HAND}")
-    part.rename(path)
-
-
-def extract(zip_path: Path, folder: Path) -> None:
-    """Write the images of CelebA's zip into `folder`, and nothing else of it."""
-    try:
-        with zipfile.ZipFile(zip_path) as archive:
-            members = archive.infolist()
-            for member in members:
-                is_link = stat.S_ISLNK(member.external_attr >> 16)
-                if is_link or re.search(r"^/|^[A-Za-z]:|\\|(^|/)\.\.(/|$)", member.filename):
-                    raise Failure(f"{zip_path} has a member that would leave its folder: {member.filename}")
-            images = [m for m in members if re.fullmatch(rf"{CELEBA_FOLDER}/[^/]+\.jpg", m.filename)]
-            if len(images) != CELEBA_IMAGES:
-                raise Failure(f"{zip_path} has {len(images)} images in {CELEBA_FOLDER}, not {CELEBA_IMAGES}")
-            for member in tqdm(images, desc="extracting", unit="", disable=None):
-                (folder / Path(member.filename).name).write_bytes(archive.read(member))
-    except zipfile.BadZipFile as error:
-        raise Failure(f"{zip_path} is not a sound zip ({error})") from error
+    # The zip and its images, which take whole blocks of the disk.
+    need, free = 2.3 * CELEBA_SIZE - size_of(part), shutil.disk_usage(path.parent).free
+    if free < need:
+        raise DownloadError(f"--data_dir has {free / 1e9:.1f} GB free of {need / 1e9:.1f} needed")
+    print(f"downloading {url}, {size_of(part):,} bytes are here")
+    stalled = 0
+    while True:
+        before = size_of(part)
+        try:
+            total = receive(url, part)
+            size, md5 = size_of(part), md5_of(part)
+            if md5 == CELEBA_MD5:
+                part.rename(path)
+                return
+            if size == total or size >= CELEBA_SIZE:
+                part.unlink()
+                raise DownloadError(f"{url} sent another file (MD5 {md5}), now deleted; {BY_HAND}")
+            fault = f"the host ended at {size:,} bytes"
+        except WORTH_A_RETRY as error:
+            while error.__context__:
+                error = error.__context__
+            fault = str(error) or type(error).__name__
+        except (requests.RequestException, ValueError) as error:
+            raise DownloadError(f"cannot read {url}: {error}; {BY_HAND}") from error
+        stalled = 0 if size_of(part) > before else stalled + 1
+        if stalled == MAX_STALLED:
+            raise DownloadError(f"no progress ({fault}): run this again later, or {BY_HAND}")
+        tqdm.write(f"{fault}; trying again in {2**stalled} s")
+        time.sleep(2**stalled)
 
 
 def get_celeba(data_dir: Path, url: str, zip_path: Path | None) -> None:
-    """Leave CelebA's images in `data_dir`/celebA, from the web or from the zip at `zip_path`, which stays."""
-    final = data_dir / "celebA" / CELEBA_FOLDER
-    if is_there(final, CELEBA_IMAGES):
+    """Writes CelebA's images to `data_dir`/celebA, from the web or from the zip `zip_path`."""
+    final = data_dir / "celebA" / "img_align_celeba"
+    if already_done(final, CELEBA_IMAGES):
         return
     if zip_path and not zip_path.is_file():
-        raise Failure(f"--zip {zip_path}: there is no such file")
-    if zip_path and (found := md5_of(zip_path)) != CELEBA_MD5:
-        raise Failure(f"--zip {zip_path} is damaged or another file (its MD5 is {found}): {BY_HAND}")
-    with written_aside(final) as folder:
-        own = folder.with_suffix(".zip")
-        if not zip_path and not own.exists():  # it exists if a run was stopped while it extracted
-            download(url, own)
-        extract(zip_path or own, folder)
+        raise DownloadError(f"--zip {zip_path}: there is no such file")
+    if zip_path and (md5 := md5_of(zip_path)) != CELEBA_MD5:
+        raise DownloadError(f"--zip {zip_path} is damaged or another file (MD5 {md5}); {BY_HAND}")
+    with staging_folder(final) as folder:
+        downloaded = folder.with_suffix(".zip")
+        # It exists if an earlier run was stopped while it extracted the images.
+        if not zip_path and not downloaded.exists():
+            download(url, downloaded)
+        with zipfile.ZipFile(zip_path or downloaded) as archive:
+            pattern = re.compile(r"img_align_celeba/\d{6}\.jpg")
+            images = [name for name in archive.namelist() if pattern.fullmatch(name)]
+            for name in tqdm(images, "extracting", disable=None):
+                (folder / Path(name).name).write_bytes(archive.read(name))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Folders
+def get_mnist(data_dir: Path, mirror: str | None) -> None:
+    """Writes MNIST's images to `data_dir`/mnist: 60,000 for training, then 10,000 for testing."""
+    final = data_dir / "mnist" / "digits"
+    if already_done(final, MNIST_IMAGES):
+        return
+    # Imported here, because the other data sets need no PyTorch.
+    from torchvision.datasets import MNIST
 
-
-def is_there(final: Path, n_images: int, seed: str = "") -> bool:
-    """Return whether the folder `final` is there with its images; raise Failure if it has other ones."""
-    if not final.exists():
-        return False
-    count, note = sum(name.endswith(".jpg") for name in os.listdir(final)), final / ".seed"
-    if count != n_images or (note.read_text() if note.exists() else "") != seed:
-        raise Failure(f"{final} has another set, of {count} images: remove it, or choose another --data_dir")
-    print(f"{final} has its {count} images already")
-    return True
-
-
-@contextlib.contextmanager
-def written_aside(final: Path) -> Iterator[Path]:
-    """Yield an empty folder, for this process alone, that becomes `final` if the body ends well.
-
-    If not, it goes, and what lies beside it (a download) waits for the next call.
-    """
-    work = final.parent / ".partial"  # main.py passes over hidden folders
-    folder, lock = work / final.name, work / "lock"
-    work.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
+    if mirror:
+        MNIST.mirrors = [f"{mirror.rstrip('/')}/"]
+    socket.setdefaulttimeout(TIMEOUT_S[1])
+    print(f"downloading MNIST from {MNIST.mirrors[0]}")
+    with staging_folder(final) as folder:
+        raw, log = folder / "raw", io.StringIO()
         try:
-            fcntl and fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Failure(f"another run is at work in {work}: wait for it, or choose another --data_dir") from None
-        except OSError:
-            pass  # some network file systems have no locks
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed
-        folder.mkdir()
-        try:
-            yield folder
-            folder.rename(final)
-            shutil.rmtree(work, ignore_errors=True)
-            print(f"{final} has its images: python3 main.py --dataroot={final.parent}")
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # a folder stays that is not empty
-                lock.unlink()
-                work.rmdir()
-                final.parent.rmdir()
+            # torchvision prints several lines for each attempt.
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                parts = [MNIST(raw, train, download=True) for train in (True, False)]
+        except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
+            raise DownloadError(f"MNIST: {error}; try later, or a mirror with --url") from error
+        shutil.rmtree(raw)
+        images = np.concatenate([part.data for part in parts])
+        for i, image in enumerate(tqdm(images, "writing", disable=None)):
+            Image.fromarray(image).save(folder / f"{i:05d}.png")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Toy faces
-
-WIDTH, HEIGHT, FINE = 178, 218, 2  # CelebA's pixels; the drawing is FINE times as big and then reduced
-EYES = (89.0, 111.0)  # where CelebA has the middle between the eyes
-SKIN = np.array([(255, 224, 200), (241, 194, 160), (224, 172, 128), (198, 134, 90), (141, 85, 54), (96, 58, 40)])
-HAIR = np.array([(34, 28, 30), (66, 42, 30), (120, 76, 42), (168, 92, 48), (222, 184, 112), (186, 180, 176)])
-IRIS = np.array([(74, 48, 30), (110, 78, 40), (76, 120, 84), (70, 124, 178), (110, 124, 134)])
-SPAN = np.linspace(-1, 1, 21)  # along a mouth, an eye, a brow
-
-
-def ellipse(x: float, y: float, rx: float, ry: float, start: float = 0, stop: float = 360) -> np.ndarray:
-    """Return points (n, 2) on an ellipse or an arc of it; the angles are in degrees, clockwise from the right."""
-    angle = np.radians(np.linspace(start, stop, 32))
-    return np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], 1)
-
-
-def points(x: np.ndarray | float, y: np.ndarray | float) -> np.ndarray:
-    """Return the coordinates, one of which may be a single number, as points (n, 2)."""
-    return np.stack(np.broadcast_arrays(x, y), 1)
-
-
-class Face:
-    """One face, drawn from its random numbers alone.
-
-    Lengths are in pixels of the final picture, from the middle between the eyes, y downwards. The head is taken for an
-    ellipsoid with the features painted on it, so a turn moves and narrows them as it does on a real head.
-    """
-
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.rng, self.uniform = rng, rng.uniform
-        self.half, self.middle = np.array([rng.uniform(44, 51), rng.uniform(57, 62)]), np.array([0, 2])
-        self.turn = np.clip(rng.normal(0, (0.22, 0.06)), (-0.5, -0.12), (0.5, 0.12))  # radians: aside, up and down
-        tilt, size = np.clip(rng.normal(0, 0.07), -0.18, 0.18), rng.uniform(0.94, 1.05)
-        self.spin = size * np.array([[np.cos(tilt), np.sin(tilt)], [-np.sin(tilt), np.cos(tilt)]])
-        self.place = EYES + rng.normal(0, 1.5, 2)
-        self.pivot = 0.8 * self.turned(np.zeros((1, 2)))  # the eyes about stay and the head goes round them
-        self.skin, self.hair, self.iris = self.colour_of(SKIN), self.colour_of(HAIR), self.colour_of(IRIS)
-        self.bald, self.long, self.volume = self.chance(0.06), self.chance(0.45), rng.uniform(1.05, 1.2)
-        self.smile, self.jaw = rng.uniform(-0.25, 1), rng.uniform(0.06, 0.24)
-        wall = rng.uniform(50, 225, 3)
-        wall = 0.6 * wall + 0.4 * wall.mean() + np.linspace(-1, 1, 5)[:, None, None] * rng.uniform(-40, 40, 3)
-        wall = np.clip(wall + rng.normal(0, 12, (5, 4, 3)), 0, 255).astype(np.uint8)
-        self.page = Image.fromarray(wall).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
-        self.page = self.page.resize((WIDTH * FINE, HEIGHT * FINE), Image.Resampling.NEAREST)
-        self.light = Image.new("RGB", (WIDTH // 2, HEIGHT // 2), (128, 128, 128))  # multiplies the page, once blurred
-        self.pen, self.brush = ImageDraw.Draw(self.page), ImageDraw.Draw(self.light)
-
-    def chance(self, probability: float) -> bool:
-        return self.rng.random() < probability
-
-    def colour_of(self, palette: np.ndarray) -> np.ndarray:
-        """Return a colour between two neighbours of a palette."""
-        at = self.uniform(0, len(palette) - 1)
-        mix = palette[int(at)] + (at % 1) * (palette[int(at) + 1] - palette[int(at)])
-        return mix * self.uniform(0.93, 1.07) + self.rng.normal(0, 2, 3)
-
-    def turned(self, shape: np.ndarray) -> np.ndarray:
-        """Return where points on the front of the head are once it has turned."""
-        at = np.arcsin(np.minimum(np.maximum((shape - self.middle) / self.half, -1), 1)) + self.turn
-        return np.sin(np.minimum(np.maximum(at, -1.5), 1.5)) * self.half + self.middle  # np.clip is twice as slow
-
-    def on_page(self, shape: np.ndarray, front: bool, scale: float = FINE) -> list[float]:
-        moved = ((self.turned(shape) if front else shape) - self.pivot) @ self.spin + self.place
-        return (moved * scale).ravel().tolist()
-
-    def fill(self, shape: np.ndarray, colour: np.ndarray | tuple, front: bool = True) -> None:
-        self.pen.polygon(self.on_page(shape, front), tuple(int(c) for c in np.clip(colour, 0, 255)))
-
-    def line(self, shape: np.ndarray, colour: np.ndarray, width: float, front: bool = True) -> None:
-        ink = tuple(int(c) for c in np.clip(colour, 0, 255))
-        self.pen.line(self.on_page(shape, front), ink, max(1, round(width * FINE)), "curve")
-
-    def glow(self, shape: np.ndarray, colour: tuple[int, int, int], front: bool = True) -> None:
-        """Make a soft light (colour above 128) or shadow (below)."""
-        self.brush.polygon(self.on_page(shape, front, 0.5), colour)
-
-    def outline(self, grow: float, start: float = 0, stop: float = 360) -> np.ndarray:
-        """Return the edge of the head, `grow` times as big, which narrows to the chin."""
-        shape = ellipse(0, 0, *self.half, start, stop)
-        shape[:, 0] *= 1 - self.jaw * np.clip(shape[:, 1] / self.half[1], 0, 1) ** 1.5
-        return shape * grow + self.middle
-
-    def draw_hair_behind(self) -> None:
-        self.fill(self.outline(self.volume - 0.03, 165, 375), self.hair * 0.7, front=False)
-        if self.long:
-            down, length, wave = np.linspace(0, 1, 30), self.uniform(25, 105), self.uniform(0, 3)
-            aside = self.half[0] * self.volume + self.uniform(-4, 12) * down + wave * np.sin(down * length / 7)
-            side = points(aside, down * length)
-            mane = np.concatenate([self.outline(self.volume, 180, 360), side, side[::-1] * (-1, 1)])
-            self.fill(mane, self.hair * 0.72, front=False)
-        if self.chance(0.18):  # curls
-            for x, y in self.outline(1.06, 160, 380)[::2]:
-                self.fill(ellipse(x, y, *self.uniform(8, 13, 2)), self.hair * self.uniform(0.75, 1), front=False)
-
-    def draw_body(self) -> None:
-        neck, shirt = self.uniform(22, 29), self.uniform(40, 230, 3)
-        self.fill(ellipse(0, 150, self.uniform(82, 105), self.uniform(62, 70)), shirt, front=False)
-        throat = np.array([(-neck, 30), (neck, 30), (neck + 3, 92), (0, 104), (-neck - 3, 92)])
-        self.fill(throat, self.skin * 0.88, front=False)
-        self.glow(ellipse(0, 68, neck + 4, 14), (88, 82, 82), front=False)
-        if self.chance(0.5):
-            collar = ellipse(0, 88, neck + 5, self.uniform(12, 24), 0, 180)
-            self.line(collar, shirt * self.uniform(0.6, 1.3), 5, front=False)
-
-    def draw_head(self) -> None:
-        earrings, blush = self.long and self.chance(0.3), 130 - int(self.uniform(2, 14))
-        self.glow(self.outline(1), (134, 134, 134), front=False)
-        for side in (-1, 1):
-            ear = self.half[0] * (side * np.cos(self.turn[0]) - 0.3 * np.sin(self.turn[0]))
-            self.fill(ellipse(ear, 10, 8, 13), self.skin * 0.93, front=False)
-            if earrings:
-                self.fill(ellipse(ear, 26, 3, 3), (235, 205, 120), front=False)
-            self.glow(ellipse(side * 20, -1, 13, 8), (118, 114, 114))
-            self.glow(ellipse(side * 28, 26 - 3 * self.smile, 12, 9), (136, blush, blush))
-        self.fill(self.outline(1), self.skin, front=False)
-        self.glow(ellipse(0, -30, 24, 12), (142, 142, 140))
-        self.glow(ellipse(0, 55, 12, 6), (140, 139, 138))
-        if not self.long and self.chance(0.4):  # a beard, from stubble to full
-            height = 31 - self.uniform(14, 30) * np.abs(SPAN) ** self.uniform(3, 8)
-            cheek, full = self.turned(points(0.97 * self.half[0] * SPAN, height)), self.uniform(0.2, 1)
-            beard = np.concatenate([cheek, self.outline(1.02, 10, 170)])
-            self.fill(beard, self.hair * full + self.skin * (1 - full), front=False)
-
-    def draw_mouth(self) -> None:
-        painted = np.array((self.uniform(150, 205), self.uniform(40, 80), self.uniform(60, 90)))
-        lips = painted if self.chance(0.4) else self.skin * (0.86, 0.62, 0.62)
-        wide, full = self.uniform(13, 19) + 3 * self.smile, self.uniform(2.5, 5)
-        opening = max(0.0, self.uniform(-7, 9) * (0.4 + self.smile))
-        curve, belly = 40 - 7 * self.smile * (SPAN**2 - 0.4), 1 - SPAN**2
-        upper = points(wide * SPAN, curve - full * belly * (1 - 0.35 * np.exp(-((SPAN / 0.22) ** 2))))
-        lower = points(wide * SPAN, curve + (opening + 1.4 * full) * belly)
-        self.fill(np.concatenate([upper, lower[::-1]]), lips)
-        inside = points(wide * 0.86 * SPAN, curve)
-        if opening > 1.5:
-            for part, colour in ((1, (92, 28, 36)), (0.55, (246, 243, 236))):  # the open mouth, then the teeth
-                self.fill(np.concatenate([inside, (inside + points(0, part * opening * belly))[::-1]]), colour)
-        else:
-            self.line(inside, lips * 0.6, 0.9)
-        self.glow(ellipse(0, 51, 10, 3), (116, 114, 114))
-
-    def draw_nose(self) -> None:
-        wing, tip = self.uniform(6, 10), self.uniform(21, 26)
-        shadow = np.array([(0, 0), (5, tip - 4), (wing + 3, tip + 1), (0, tip + 3)])
-        self.glow(shadow * (np.sign(self.turn[0]) or 1, 1), (108, 104, 104))
-        self.glow(ellipse(0, tip - 5, 3.5, 5), (156, 154, 152))
-        self.line(ellipse(0, tip - 1, wing * 0.8, 3.5, 20, 160), self.skin * 0.66, 1.3)
-        for side in (-1, 1):
-            nostril = ellipse(side * wing * 0.8, tip - 3, 3.2, 4, 90 - side * 100, 90 + side * 10)
-            self.line(nostril, self.skin * 0.74, 1)
-
-    def draw_eyes(self) -> None:
-        apart, wide, slant = self.uniform(18.5, 20.5), self.uniform(8, 10.2), self.rng.normal(0, 1)
-        tall, look = self.uniform(4, 6.8) - 0.8 * max(0, self.smile), np.clip(self.rng.normal(0, 1.1, 2), -2, 2)
-        lift, arch, thick = self.uniform(-15.5, -12), self.uniform(1, 4.5), self.uniform(1.4, 3.6)
-        frown, brow = self.rng.normal(0, 1.2), self.hair * self.uniform(0.5, 0.75)
-        for side in (-1, 1):
-            x, middle = side * (apart + wide * SPAN), (side * apart + look[0], look[1] - 0.4)
-            top = points(x, -slant * SPAN - tall * (1 - np.abs(SPAN) ** 2.2))
-            bottom = points(x, -slant * SPAN + 0.7 * tall * (1 - SPAN**2))
-            self.fill(np.concatenate([top, bottom[::-1]]), (244, 241, 238))
-            for radius, colour in ((4.9, self.iris * 0.6), (4.2, self.iris), (2.2, (16, 14, 16))):
-                disc = ellipse(*middle, radius, radius)
-                lids = [np.interp(disc[:, 0], lid[::side, 0], lid[::side, 1]) for lid in (top, bottom)]
-                self.fill(points(disc[:, 0], np.clip(disc[:, 1], *lids)), colour)
-            self.fill(ellipse(middle[0] - 1.5, middle[1] - 1.7, 1.2, 1.2), (255, 255, 255))
-            self.line(top, self.skin * 0.22, 1.7 if self.long else 1.1)
-            self.line(bottom, self.skin * 0.7, 0.7)
-            self.line(top - (0, 2.6), self.skin * 0.72, 0.8)
-            under = points(side * (apart + 0.5 + 11.5 * SPAN), lift - arch * (1 - SPAN**2) + frown * SPAN)
-            over = under - points(0, thick * (1.15 - SPAN) / 2)
-            self.fill(np.concatenate([over, under[::-1] + (0, thick / 3)]), brow)
-
-    def draw_hair(self) -> None:
-        """Draw the hair over the forehead: from the skull's outline to a hair line that is highest at the parting."""
-        part = self.uniform(-0.6, 0.6)
-        high, drop, power = self.uniform(-45, -35), self.uniform(22, 46), self.uniform(1.2, 3)
-        if self.chance(0.3):  # a fringe
-            high, drop, power = self.uniform(-24, -19), self.uniform(2, 8), 2
-        u = np.linspace(-0.999, 0.999, 40)
-        border = high + drop * (np.abs(u - part) / (1 + abs(part))) ** power
-        border = points(self.half[0] * u, np.minimum(border, 8 if self.long else -2))
-        crown = self.outline(max(1.04, self.volume - 0.04), 178, 362)
-        self.fill(np.concatenate([crown, self.turned(border[::-1])]), self.hair, front=False)
-        root, t = self.half * (0.8 * part, -0.86), np.linspace(0, 1, 7)[:, None]
-        for spot in border[2:-2:2]:  # strands
-            bend = (root + spot) / 2 + (0.25 * (spot[0] - root[0]), -6)
-            strand = (1 - t) ** 2 * root + 2 * t * (1 - t) * bend + t**2 * (spot - (0, 1))
-            self.line(strand, self.hair * self.uniform(0.7, 1.35), self.uniform(0.4, 1))
-        self.glow(ellipse(-8, -46, 26, 7), (158, 156, 152))
-
-    def draw_glasses(self) -> None:
-        rim, radius, thick = self.uniform(15, 120, 3), self.uniform(12, 15), self.uniform(1.2, 2.6)
-        ring = ellipse(0, 0, 1, 1)
-        ring = np.sign(ring) * np.abs(ring) ** (0.5 if self.chance(0.5) else 1) * (radius, 0.82 * radius)
-        for side in (-1, 1):
-            self.line(ring + (side * 20, 1), rim, thick)
-            self.line(np.array([(side * (20 + radius), -2), (side * self.half[0] * 0.99, -4)]), rim, thick)
-            self.glow(ring * 0.8 + (side * 20, 1), (136, 138, 142))
-        self.line(ellipse(0, 0, 20 - radius, 3, 180, 360), rim, thick)
-
-    def lit(self) -> Image.Image:
-        """Return the picture in its light, which comes from one side and above, is warm or cold, and fades outwards."""
-        light = self.light.filter(ImageFilter.GaussianBlur(1.5)).resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR)
-        x = (np.arange(WIDTH, dtype=np.float32) - EYES[0]) / 75
-        y = (np.arange(HEIGHT, dtype=np.float32)[:, None] - EYES[1]) / 95
-        angle, strength = self.uniform(-np.pi, 0), self.uniform(0.08, 0.3)
-        level = 1 + strength * np.clip(x * float(np.cos(angle)) + y * float(np.sin(angle)), -1, 1)
-        level -= 0.1 * np.clip(x**2 + y**2 - 0.35, 0, 1)
-        tint = self.uniform(0.9, 1.08) * (1 + self.uniform(-0.05, 0.05) * np.array([1, 0.1, -1])) / 128
-        page = np.asarray(self.page.reduce(FINE), np.float32) * np.asarray(light, np.float32)
-        return Image.fromarray(np.clip(page * level[..., None] * tint.astype(np.float32), 0, 255).astype(np.uint8))
+SKIN = np.array([(250, 218, 195), (236, 190, 158), (214, 160, 120), (178, 118, 80), (120, 74, 50)])
+HAIR = np.array([(30, 25, 26), (70, 45, 32), (128, 82, 46), (214, 176, 110), (180, 176, 174)])
 
 
 def draw_face(seed: int, index: int) -> Image.Image:
-    """Return face `index` of the set `seed`: a 178 x 218 RGB picture, laid out like CelebA's."""
-    face = Face(np.random.default_rng([seed, index]))
-    if not face.bald:
-        face.draw_hair_behind()
-    for draw in (face.draw_body, face.draw_head, face.draw_mouth, face.draw_nose, face.draw_eyes):
-        draw()
-    if not face.bald:
-        face.draw_hair()
-    if face.chance(0.22):
-        face.draw_glasses()
-    return face.lit()
+    """Returns face `index` of the set `seed`: 178 x 218 pixels, the eyes where CelebA's are."""
+    rng = np.random.default_rng([seed, index])
+    uniform = rng.uniform
+
+    def blend(colours):
+        i = rng.integers(len(colours) - 1)
+        return colours[i] + uniform() * (colours[i + 1] - colours[i])
+
+    skin, hair = blend(SKIN), blend(HAIR)
+    x, y = np.linspace(-1, 1, 178)[:, None], np.linspace(-1, 1, 218)[:, None, None]
+    wall = uniform(60, 200) + rng.normal(0, 22, 3) + uniform(-40, 40, 3) * y + uniform(-20, 20) * x
+    light = uniform(0.8, 1.05) + uniform(-0.25, 0.25) * x - uniform(0, 0.15) * y
+    # Colours at twice the size. Soft shadows (below 128) and highlights are a layer of their own.
+    page = Image.fromarray(wall.clip(0, 255).astype(np.uint8)).resize((356, 436))
+    shade = Image.new("L", (89, 109), 128)
+    tilt, middle = rng.normal(0, 0.06), (89, 111) + rng.normal(0, 1.5, 2)
+    spin = np.array([(np.cos(tilt), np.sin(tilt)), (-np.sin(tilt), np.cos(tilt))])
+
+    def oval(x, y, rx, ry, colour, start=0, stop=360, on=page):
+        """Fills an ellipse or a part of it. Positions count from the middle between the eyes."""
+        angle = np.radians(np.linspace(start, stop, 40))
+        points = np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], 1) @ spin + middle
+        fill = colour if on is shade else tuple(np.clip(colour, 0, 255).astype(int).tolist())
+        ImageDraw.Draw(on).polygon((points * on.width / 178).ravel().tolist(), fill)
+
+    wide, chin, turn, mane = uniform(42, 48), uniform(62, 70), rng.normal(0, 3.5), uniform(30, 100)
+    if mane > 65:
+        oval(0, mane - 66, wide + uniform(5, 13), mane, 0.65 * hair)
+    oval(0, 150, uniform(80, 105), uniform(58, 68), uniform(40, 220, 3))  # shoulders
+    oval(0, 70, uniform(24, 30), 38, 0.85 * skin)  # neck
+    oval(0, 72, 22, 15, 98, on=shade)
+    for side in (-wide, wide):  # ears
+        oval(side - 0.5 * turn, 8, 7, 12, 0.92 * skin)
+    oval(0, 0, wide, chin, skin, 0, 180)
+    if mane < 42:  # a beard that leaves the cheeks free
+        oval(0, 0, wide, chin + 1, skin + uniform(0.3, 0.9) * (hair - skin), 5, 175)
+        for side in (-17, 17):
+            oval(turn + side, 12, 20, 22, skin)
+    oval(0, -6, wide + uniform(1, 5), uniform(52, 60), hair, 175, 365)
+    forehead = rng.choice([uniform(20, 28), uniform(34, 43)], p=[0.25, 0.75])
+    oval(0.6 * turn + uniform(-6, 6), 0, wide - 3, forehead, skin, 178, 362)
+    oval(0, -48, 22, 7, 148, on=shade)
+    look, lid, brow = rng.normal(0, 1), uniform(3.6, 5.6), uniform(-12, -8)
+    iris, glasses = uniform(30, 110, 3), uniform() < 0.2
+    for x in (turn - 20, turn + 20):
+        if glasses:
+            oval(x, 1, 16, 13, 0.4 * hair)
+            oval(x, 1, 14, 11, skin)
+        oval(x, 0, 14, 9, 112, on=shade)
+        oval(x, 0, 10, lid + 1.5, 0.45 * skin, 180, 360)
+        oval(x, 0, 9.5, lid, (238, 234, 230))
+        oval(x + look, 0, 4.6, min(4.6, lid), iris)
+        oval(x + look, 0, 2.2, 2.4, (14, 12, 14))
+        oval(x, brow, 12, uniform(4.5, 6.5), 0.6 * hair, 190, 350)
+        oval(x, brow + 2.5, 12, 4.5, skin, 180, 360)
+    nose = 1.8 * turn
+    oval(nose + 4 * np.sign(turn), 12, 5, 14, 112, on=shade)
+    oval(nose, 12, 3, 8, 150, on=shade)
+    oval(nose, 19, uniform(7, 10), 6, 0.78 * skin, 10, 170)
+    oval(nose, 17.5, 6.5, 5.5, skin)
+    smile, lips = uniform(-0.3, 1), uniform(0.45, 0.75) * skin * (1.3, 0.9, 0.9)
+    x, y, mouth = 1.3 * turn, 41 - 4 * smile, uniform(13, 18) + 3 * smile
+    curve = max(0.5, 4 * smile)
+    teeth = max(0, uniform(-4, 9)) if smile > 0.2 else 0
+    oval(x, y, mouth, 4 + curve + teeth, lips, 0, 180)
+    oval(x, y + 1, mouth, 4, lips, 180, 360)
+    oval(x, y + 0.5, 0.85 * mouth, curve + teeth, (244, 240, 234) if teeth else 0.6 * lips, 0, 180)
+    oval(x, y - 0.8, 0.85 * mouth, curve, lips, 0, 180)
+    shade = np.asarray(shade.filter(ImageFilter.GaussianBlur(2)).resize((178, 218)))[..., None]
+    pixels = np.asarray(page.reduce(2)) * light * (shade / 128)
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def save_face(folder: Path, seed: int, index: int) -> None:
@@ -494,72 +325,123 @@ def save_face(folder: Path, seed: int, index: int) -> None:
 
 
 def get_toy(data_dir: Path, seed: int, n_images: int) -> None:
-    """Leave `n_images` toy faces in `data_dir`/toy; the files depend on `seed` alone (and on Pillow's version)."""
+    """Writes `n_images` toy faces to `data_dir`/toy. The seed alone decides what they look like."""
     final = data_dir / "toy" / "img_align_toy"
-    if is_there(final, n_images, str(seed)):
+    if already_done(final, n_images, str(seed)):
         return
-    with written_aside(final) as folder:
-        ours = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the workers inherit: Ctrl-C is for this process
+    with staging_folder(final) as folder:
+        # The workers inherit the blocked signal: Ctrl-C is for this process.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         with multiprocessing.Pool() as pool:
-            signal.signal(signal.SIGINT, ours)
-            draw = functools.partial(save_face, folder, seed)
-            drawn = pool.imap_unordered(draw, range(1, n_images + 1), chunksize=32)
-            for _ in tqdm(drawn, total=n_images, desc="drawing", unit="", disable=None):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+            save = functools.partial(save_face, folder, seed)
+            saved = pool.imap_unordered(save, range(1, n_images + 1), chunksize=8)
+            for _ in tqdm(saved, "drawing", n_images, disable=None):
                 pass
         (folder / ".seed").write_text(str(seed))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Command line
+def already_done(final: Path, n_images: int, seed: str = "") -> bool:
+    """Returns whether the folder `final` is there. Raises DownloadError if it has other images."""
+    if not final.exists():
+        return False
+    count = sum(name.endswith((".jpg", ".png")) for name in os.listdir(final))
+    note = final / ".seed"
+    if count != n_images or (note.read_bytes() if note.exists() else b"") != seed.encode():
+        raise DownloadError(f"{final} is another set ({count} images): remove it or set --data_dir")
+    print(f"{final} has its {count} images already")
+    return True
+
+
+@contextlib.contextmanager
+def staging_folder(final: Path) -> Iterator[Path]:
+    """Yields an empty folder that becomes `final` when the body has succeeded.
+
+    A lock keeps other processes out. main.py ignores the hidden folder around it.
+    """
+    hidden = final.parent / ".partial"
+    folder = hidden / final.name
+    hidden.mkdir(parents=True, exist_ok=True)
+    with (hidden / "lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = f"process {lock.read()} is at work in {final.parent}"
+            raise DownloadError(f"{holder}: wait for it, or set --data_dir") from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        # A killed run leaves its folder.
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        try:
+            yield folder
+            folder.rename(final)
+            shutil.rmtree(hidden)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    print(f"{final} has its images: python3 main.py --dataroot={final.parent}")
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose complaint is one line, without the usage before it."""
+    """A parser that reports a mistake in one line."""
 
     def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (--help tells more)\n")
+        self.exit(2, f"download_datasets.py: error: {message} (see --help)\n")
 
 
-def parse_args(argv: list[str] | None) -> argparse.Namespace:
-    """Return the options; exit with status 2 and one line if they make no sense."""
+def parse_args() -> argparse.Namespace:
+    """Returns the options of the command line."""
     parser = OneLineParser(description=__doc__.split("\n")[0])
-    sets = parser.add_subparsers(dest="set", required=True, metavar="{celebA,toy}")
-    celeba = sets.add_parser("celebA", help="202,599 photographs, 1.4 GB to fetch")
+    sets = parser.add_subparsers(dest="dataset", required=True, metavar="{celebA,mnist,toy}")
+    celeba = sets.add_parser("celebA", help="202,599 photographs of faces, 1.4 GB")
     source = celeba.add_mutually_exclusive_group()
-    source.add_argument("--url", default=CELEBA_URL, help="another address of the same zip, a mirror's for instance")
-    source.add_argument("--zip", type=Path, metavar="FILE", help="img_align_celeba.zip if you have it; it is kept")
-    toy = sets.add_parser("toy", help="drawn faces of the same size; no network")
-    toy.add_argument("--seed", type=int, default=0, help="0 or more: which faces (default: 0)")
-    toy.add_argument("--n_images", type=int, default=4000, help="1..999999 (default: 4000)")
-    for one in (celeba, toy):
-        one.add_argument("--data_dir", type=Path, default="data", help="the set goes to a folder in it (default: data)")
-    args = parser.parse_args(argv)
-    if args.set == "toy" and not (args.seed >= 0 and 1 <= args.n_images <= 999_999):
-        toy.error("--seed is 0 or more and --n_images in 1..999999")
+    source.add_argument("--url", default=CELEBA_URL, help="another address of the zip")
+    source.add_argument("--zip", type=Path, metavar="FILE", help="a copy of img_align_celeba.zip")
+    mnist = sets.add_parser("mnist", help="70,000 handwritten digits, 11 MB")
+    mnist.add_argument("--url", help="a mirror: the folder that has the four .gz files")
+    toy = sets.add_parser("toy", help="drawn faces of CelebA's size, without a network")
+    toy.add_argument("--seed", type=int, default=0, help="which faces, 0 or more (default: 0)")
+    toy.add_argument("--n_images", type=int, default=4000, help="1 to 999999 (default: 4000)")
+    for one in (celeba, mnist, toy):
+        one.add_argument("--data_dir", type=Path, default="data", help="(default: data)")
+    args = parser.parse_args()
+    if args.dataset == "toy" and (args.seed < 0 or not 1 <= args.n_images <= 999_999):
+        parser.error("--seed must be 0 or more, and --n_images 1 to 999999")
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; return its exit status (0 done, 1 failed, 130 interrupted)."""
-    args = parse_args(argv)
+def interrupt(*_: object) -> None:
+    """Ends the program at once. A run may be stopped at any moment, and the next one continues."""
+    signal.signal(signal.SIGINT, lambda *_: None)
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os.write(2, b"\ninterrupted: run the same command again to continue\n")
+    os._exit(130)
+
+
+def main() -> int:
+    """Runs the command line. Returns the exit status."""
+    args = parse_args()
     try:
-        if args.set == "celebA":
+        if args.dataset == "celebA":
             get_celeba(args.data_dir, args.url, args.zip)
+        elif args.dataset == "mnist":
+            get_mnist(args.data_dir, args.url)
         else:
             get_toy(args.data_dir, args.seed, args.n_images)
         return 0
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again to go on from here", file=sys.stderr)
-        return 130
-    except Failure as error:
+    except DownloadError as error:
         message = str(error)
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        advice = "make room and run the same command again" if full else "is it yours to read and write?"
-        message = f"{error.filename or 'disk'}: {error.strerror or error}; {advice} (--data_dir {args.data_dir})"
-    print(f"download_datasets.py: error: {message}", file=sys.stderr)
+        fault = f"{error.filename or args.data_dir}: {error.strerror or error}"
+        message = f"{fault}; make room, or set --data_dir to a folder that you may write to"
+    print(f"download_datasets.py: error: {' '.join(message.split())}", file=sys.stderr)
     return 1
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    signal.signal(signal.SIGINT, interrupt)
     sys.exit(main())
