@@ -49,15 +49,10 @@ BY_HAND = "get the zip by hand from http://mmlab.ie.cuhk.edu.hk/projects/CelebA.
 
 TIMEOUT_S = (15, 60)  # to connect, and between two reads
 MAX_STALLED = 7  # attempts in a row without a new byte, with pauses of 2, 4, 8 ... seconds
-WORTH_A_RETRY = (
-    requests.ConnectionError,
-    requests.Timeout,
-    requests.exceptions.ChunkedEncodingError,
-)
 
 
 class DownloadError(Exception):
-    """A final error, shown as one line. An error worth a retry is a requests.ConnectionError."""
+    """A final error, shown as one line. What may pass is a requests.ConnectionError instead."""
 
 
 # CelebA. torchvision's downloader cannot resume, and Google Drive often breaks off 1.4 GB.
@@ -134,19 +129,19 @@ def receive(url: str, part: Path) -> int | None:
     # A compressed response has another length than the file.
     known = total.isdecimal() and "Content-Encoding" not in response.headers
     # A body without end must not fill the disk.
-    limit = min(int(total), 2 * CELEBA_SIZE) if known else 2 * CELEBA_SIZE
+    limit = 2 * CELEBA_SIZE
+    size = min(int(total), limit) if known else None
     if response.status_code == 416:
         chunks = ()
-    size = limit if known else None
     bar = tqdm(initial=have, total=size, unit="B", unit_scale=True, disable=None)
     with response, bar, part.open("ab") as file:
         for chunk in chunks:
-            new = chunk[skip:][: max(0, limit - file.tell())]
+            new = chunk[skip:][: max(0, (size or limit) - file.tell())]
             skip = max(0, skip - len(chunk))
             file.write(new)
             file.flush()
             bar.update(len(new))
-            if file.tell() >= limit:
+            if file.tell() >= (size or limit):
                 break
     if size and size_of(part) < size:
         raise requests.ConnectionError(f"the connection ended after {size_of(part):,} bytes")
@@ -164,10 +159,6 @@ def md5_of(path: Path) -> str:
 def download(url: str, path: Path) -> None:
     """Downloads CelebA's zip to `path`, by way of `path`.part, which the next call continues."""
     part = path.with_name(f"{path.name}.part")
-    # The zip and its images, which take whole blocks of the disk.
-    need, free = 2.3 * CELEBA_SIZE - size_of(part), shutil.disk_usage(path.parent).free
-    if free < need:
-        raise DownloadError(f"--data_dir has {free / 1e9:.1f} GB free of {need / 1e9:.1f} needed")
     print(f"downloading {url}, {size_of(part):,} bytes are here")
     stalled = 0
     while True:
@@ -182,12 +173,13 @@ def download(url: str, path: Path) -> None:
                 part.unlink()
                 raise DownloadError(f"{url} sent another file (MD5 {md5}), now deleted; {BY_HAND}")
             fault = f"the host ended at {size:,} bytes"
-        except WORTH_A_RETRY as error:
+        except ValueError as error:
+            # An address or a header that cannot be parsed.
+            raise DownloadError(f"cannot read {url}: {error}; {BY_HAND}") from error
+        except requests.RequestException as error:
             while error.__context__:
                 error = error.__context__
             fault = str(error) or type(error).__name__
-        except (requests.RequestException, ValueError) as error:
-            raise DownloadError(f"cannot read {url}: {error}; {BY_HAND}") from error
         stalled = 0 if size_of(part) > before else stalled + 1
         if stalled == MAX_STALLED:
             raise DownloadError(f"no progress ({fault}): run this again later, or {BY_HAND}")
@@ -235,7 +227,8 @@ def get_mnist(data_dir: Path, mirror: str | None) -> None:
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
                 parts = [MNIST(raw, train, download=True) for train in (True, False)]
         except (OSError, RuntimeError, ValueError, http.client.HTTPException) as error:
-            raise DownloadError(f"MNIST: {error}; try later, or a mirror with --url") from error
+            advice = "try again later, or another mirror with --url"
+            raise DownloadError(f"cannot download MNIST; {advice}: {error}") from error
         shutil.rmtree(raw)
         images = np.concatenate([part.data for part in parts])
         for i, image in enumerate(tqdm(images, "writing", disable=None)):
@@ -273,22 +266,26 @@ def draw_face(seed: int, index: int) -> Image.Image:
         ImageDraw.Draw(on).polygon((points * on.width / 178).ravel().tolist(), fill)
 
     wide, chin, turn, mane = uniform(42, 48), uniform(62, 70), rng.normal(0, 3.5), uniform(30, 100)
+    # Long hair, shoulders and neck.
     if mane > 65:
         oval(0, mane - 66, wide + uniform(5, 13), mane, 0.65 * hair)
-    oval(0, 150, uniform(80, 105), uniform(58, 68), uniform(40, 220, 3))  # shoulders
-    oval(0, 70, uniform(24, 30), 38, 0.85 * skin)  # neck
+    oval(0, 150, uniform(80, 105), uniform(58, 68), uniform(40, 220, 3))
+    oval(0, 70, uniform(24, 30), 38, 0.85 * skin)
     oval(0, 72, 22, 15, 98, on=shade)
-    for side in (-wide, wide):  # ears
+    # Ears, chin, and a beard that leaves the cheeks free.
+    for side in (-wide, wide):
         oval(side - 0.5 * turn, 8, 7, 12, 0.92 * skin)
     oval(0, 0, wide, chin, skin, 0, 180)
-    if mane < 42:  # a beard that leaves the cheeks free
+    if mane < 42:
         oval(0, 0, wide, chin + 1, skin + uniform(0.3, 0.9) * (hair - skin), 5, 175)
         for side in (-17, 17):
             oval(turn + side, 12, 20, 22, skin)
+    # Hair and forehead.
     oval(0, -6, wide + uniform(1, 5), uniform(52, 60), hair, 175, 365)
     forehead = rng.choice([uniform(20, 28), uniform(34, 43)], p=[0.25, 0.75])
     oval(0.6 * turn + uniform(-6, 6), 0, wide - 3, forehead, skin, 178, 362)
     oval(0, -48, 22, 7, 148, on=shade)
+    # Glasses, eyes and brows.
     look, lid, brow = rng.normal(0, 1), uniform(3.6, 5.6), uniform(-12, -8)
     iris, glasses = uniform(30, 110, 3), uniform() < 0.2
     for x in (turn - 20, turn + 20):
@@ -302,6 +299,7 @@ def draw_face(seed: int, index: int) -> Image.Image:
         oval(x + look, 0, 2.2, 2.4, (14, 12, 14))
         oval(x, brow, 12, uniform(4.5, 6.5), 0.6 * hair, 190, 350)
         oval(x, brow + 2.5, 12, 4.5, skin, 180, 360)
+    # Nose and mouth. What is nearer to the viewer moves more when the head turns.
     nose = 1.8 * turn
     oval(nose + 4 * np.sign(turn), 12, 5, 14, 112, on=shade)
     oval(nose, 12, 3, 8, 150, on=shade)
@@ -442,6 +440,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # Either is None if the shell has closed it.
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")
     sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     signal.signal(signal.SIGINT, interrupt)
     sys.exit(main())
