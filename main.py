@@ -1,26 +1,33 @@
 """Trains and evaluates Wasserstein auto-encoders (Tolstikhin et al., ICLR 2018, arXiv 1711.01558).
 
-    python3 main.py --dataroot=data/celebA --cuda --mode=gan --e_pretrain --outf=gan_outputs   # WAE-GAN, Algorithm 1
-    python3 main.py --dataroot=data/celebA --cuda --mode=mmd --e_pretrain --outf=mmd_outputs   # WAE-MMD, Algorithm 2
-    python3 main.py --checkpoint=gan_outputs/checkpoint.pth.tar                                # continues a run
-    python3 main.py --checkpoint=gan_outputs/checkpoint.pth.tar --evaluate                     # samples and metrics
+    python3 main.py --dataroot=data/celebA --cuda --mode=gan --e_pretrain --outf=gan_outputs
+    python3 main.py --dataroot=data/celebA --cuda --mode=mmd --e_pretrain --outf=mmd_outputs
+    python3 main.py --checkpoint=gan_outputs/checkpoint.pth.tar --evaluate --cuda
 
-The networks and the objective are in `model.py`, everything that has nothing to do with WAEs in `utils.py`.
+The first two train WAE-GAN (Algorithm 1) and WAE-MMD (Algorithm 2); the same command continues a
+run that was interrupted. The third writes samples and metrics.
+
+model.py: networks, costs and penalties. utils.py: images, processes, checkpoints, pictures.
 """
 
+import signal
+
+if __name__ == "__main__":
+    # Ctrl-C during the imports, which take seconds, ends the program without a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
-import csv
 import importlib.util
+import json
 import logging
 import math
 import os
-import shlex
-import signal
+import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from argparse import BooleanOptionalAction as Switch
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,746 +35,848 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributions import MultivariateNormal
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
 
 import model
 import utils
-from utils import UsageError, UserError, World
+from utils import Images, UsageError, UserError, World
 
-COLUMNS = ("epoch", "step", "reconstruction", "penalty", "discriminator", "lr", "images_per_s")
-TEST_COLUMNS = ("test_mse", "test_mmd", "test_code_mean", "test_code_variance")
-PAPER_EPOCHS = 55  # of the paper's CelebA runs, which its schedule of learning rates is made for
-BATCH_NORM_BATCHES = 20  # training batches that batch norm's statistics are re-estimated from before an evaluation
+CHECKPOINT, METRICS_FILE = "checkpoint.pth.tar", "metrics.json"
+LOSSES = ("reconstruction", "penalty", "discriminator")
+METRICS = ("test_mse", "test_mmd", "test_w2", "eigenvalue_min", "eigenvalue_max", "noise_variance")
+COLUMNS = ("epoch", "step", *LOSSES, "lr", "images_per_s", *METRICS)
 
-# Flags that say what is learned and how: a run keeps those that it began with. On --checkpoint they come from the file.
+PAPER_EPOCHS = 55  # the length of run that the paper's schedule of learning rates is made for
+BATCH_NORM_BATCHES = 100  # that batch norm is re-estimated from at an epoch's end
+MIXTURE = 10  # Gaussians in the mixture that is fitted to the codes (Ghosh et al., ICLR 2020)
+
+MODE_DEFAULTS = {
+    "gan": {"LAMBDA": 10.0, "noise": "add_noise"},
+    "mmd": {"LAMBDA": 100.0, "noise": "gaussian"},
+    "vae": {"LAMBDA": 1.0, "noise": "gaussian"},
+}
+
+# Flags that define a run. They are stored in the checkpoint and cannot change when it continues.
 FIXED = (
-    *("dataset", "n_test", "batch_size", "seed"),
-    *("image_size", "nz", "nf", "arch", "mode", "kernel", "noise", "input_normalize_sym"),
-    *("LAMBDA", "pz_scale", "cost", "nowozin_trick", "lr", "lr_adv", "beta1", "lr_schedule"),
-    *("e_pretrain", "e_pretrain_sample_size", "e_pretrain_iters"),
+    *("dataset", "crop", "image_size", "n_test", "batch_size", "mode", "arch", "nz", "nf", "noise"),
+    *("input_normalize_sym", "LAMBDA", "pz_scale", "cost", "kernel", "imq_scales"),
+    *("nowozin_trick", "lr", "lr_adv", "beta1", "lr_schedule", "e_pretrain"),
+    *("e_pretrain_sample_size", "e_pretrain_iters", "seed"),
 )
-# Flags that a continued run takes from the checkpoint unless given again. All others speak of one command only.
-KEPT = ("dataroot", "niter", "print_every", "sample_every")
-# Flags of `FIXED` that an evaluation may choose anew: they do not change what was learned.
-FREE_IN_EVALUATION = ("dataset", "n_test", "batch_size", "seed")
+
+# Flags of a single command. All others are stored too, and --checkpoint takes them over.
+PER_COMMAND = ("checkpoint", "outf", "evaluate", "fid")
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Flags
 
 
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite int or float from `low` (excluded if `above`) to `high`."""
+class Parser(argparse.ArgumentParser):
+    """A parser whose complaint is one line."""
+
+    def error(self, message: str) -> None:
+        raise UsageError(message)
+
+
+def at_least(kind: type, low: float, above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a finite number from `low` on, or above it."""
 
     def parse(text: str) -> Any:
         value = kind(text)
-        # No comparison holds for nan, and isfinite() would choke on an integer beyond all floats.
-        if not low <= value <= high or value == math.inf or (above and value == low):
-            bounds = f"{'more than' if above else 'at least'} {low:g}" + (
-                f", at most {high:g}" if high < math.inf else ""
-            )
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
+        if not low <= value < math.inf or (above and value == low):
+            bound = f"{'more than' if above else 'at least'} {low:g}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bound}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
     return parse
 
 
-def build_parser() -> argparse.ArgumentParser:
+def folder(text: str) -> Path:
+    """An argparse type: a path, which is not empty."""
+    if not text:
+        raise argparse.ArgumentTypeError("it is empty")
+    return Path(text)
+
+
+def positive_numbers(text: str) -> tuple[float, ...]:
+    """An argparse type: numbers above 0, separated by commas."""
+    return tuple(at_least(float, 0, above=True)(part) for part in text.split(","))
+
+
+def get_parser() -> argparse.ArgumentParser:
     """Every flag, with its meaning, range and default."""
-    parser = argparse.ArgumentParser(
-        "main.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    parser = Parser(
+        "main.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    count, positive, at_least_2 = number(int, 1), number(float, 0, above=True), number(int, 2)
-
-    def section(title: str) -> Callable[..., None]:
-        group = parser.add_argument_group(title)
-
-        def add(name: str, default: Any, kind: Any, text: str, metavar: str | None = None) -> None:
-            """A flag whose kind is a type, a tuple of choices or, for a switch, None."""
-            text += f" (default: {default})" if default is not None and kind is not None else ""
-            options = {"type": kind, "metavar": metavar or "X"}
-            if kind is None:
-                options = {"action": "store_true"}
-            elif isinstance(kind, tuple):
-                options = {"type": type(kind[0]), "choices": kind}
-            group.add_argument(f"--{name}", default=default, help=text, **options)
-
-        return add
+    count, positive = at_least(int, 1), at_least(float, 0, above=True)
 
     # fmt: off
-    add = section("data")
-    add("dataroot", None, Path, "folder of the images, which lie in folders inside it, as in "
-        "DATAROOT/sub_directory/XXX.jpg; required, unless --checkpoint knows it", "FOLDER")
-    add("dataset", "celebA", ("celebA", "folder"),
-        "celebA: the central 140 x 140 pixels, resized; folder: the largest central square, resized")
-    add("image_size", 64, model.IMAGE_SIZES, "side of the images that the networks see, in pixels")
-    add("n_test", None, at_least_2,
-        "images held out of training, the last by path; at least 2 (default: a tenth, at most 19962)")
-    add("batch_size", 100, at_least_2, "images in a step, over all processes; at least 2")
-    add("cache_dir", None, Path, "where the decoded images are kept (default: in a hidden file in DATAROOT or, if that "
-        "cannot be written, in the user's cache folder)", "FOLDER")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataroot", type=folder, metavar="FOLDER",
+        help="image folder, laid out as DATAROOT/sub_directory/XXX.jpg")
+    add("--dataset", default="celebA", choices=("celebA", "folder"),
+        help="celebA: the central 140 pixels, resized; folder: the largest central square, resized "
+             "(default: celebA)")
+    add("--crop", type=count, metavar="N", help="take the central N pixels in place of that")
+    add("--image_size", type=int, default=64, choices=model.IMAGE_SIZES,
+        help="side of the images that the networks see, in pixels (default: 64)")
+    add("--n_test", type=at_least(int, 2), metavar="N",
+        help="images held out of training, the last by path; 2 or more (default: a tenth, at most "
+             "19962)")
+    add("--batch_size", type=at_least(int, 2), default=100, metavar="N",
+        help="images in a step, over all processes; 2 or more (default: 100)")
+    add("--cache_dir", type=folder, metavar="FOLDER",
+        help="where to keep the decoded images (default: a hidden file in DATAROOT or, if that "
+             "cannot be written, in the user's cache folder)")
 
-    add = section("model")
-    add("mode", "gan", ("gan", "mmd"),
-        "penalty: gan, a discriminator of codes (Algorithm 1); mmd, a kernel distance (Algorithm 2)")
-    add("arch", "dcgan", ("dcgan", "paper"), "networks: dcgan, or those of the paper's appendix")
-    add("nz", 64, number(int, 1, 4096), "latent dimensions; 1 to 4096")
-    add("nf", 128, number(int, 1, 1024), "channels of the narrowest convolution, an eighth of the widest's; 1 to 1024")
-    add("noise", None, ("deterministic", "add_noise", "gaussian"), "the encoder's randomness: deterministic, none; "
-        "add_noise, N(0, 0.01^2) on the pixels while training; gaussian, a sampled code (default: add_noise for gan, "
-        "gaussian for mmd)")
-    add("input_normalize_sym", False, None, "the networks work in [-1, 1], with a tanh, not in [0, 1], with a sigmoid")
+    add = parser.add_argument_group("model").add_argument
+    add("--mode", default="gan", choices=MODE_DEFAULTS,
+        help="gan: WAE-GAN, Algorithm 1; mmd: WAE-MMD, Algorithm 2; vae: the baseline "
+             "(default: gan)")
+    add("--arch", default="dcgan", choices=("dcgan", "paper"),
+        help="dcgan: 4x4 convolutions; paper: the networks of its appendix (default: dcgan)")
+    add("--nz", type=count, default=64, metavar="N", help="latent dimensions (default: 64)")
+    add("--nf", type=count, default=128, metavar="N",
+        help="base width; the widest layers have 8 x NF channels (default: 128)")
+    add("--noise", choices=("deterministic", "add_noise", "gaussian"),
+        help="randomness of the encoder. deterministic: none; add_noise: on the pixels while "
+             "training; gaussian: a Gaussian code, always so for vae "
+             "(default: add_noise for gan, gaussian for mmd and vae)")
+    add("--input_normalize_sym", action=Switch, default=False,
+        help="the networks work in [-1, 1] with a tanh, not in [0, 1] with a sigmoid")
 
-    add = section("objective")
-    add("LAMBDA", None, number(float, 0), "weight of the penalty; 0 or more (default: 10 for gan, 100 for mmd)")
-    add("pz_scale", 1.0, number(float, 0.001, 1000),
-        "standard deviation of the prior N(0, PZ_SCALE^2 I); 0.001 to 1000")
-    add("cost", "l2sq", ("l2sq", "l2", "l1"),
-        "reconstruction cost: l2sq, 0.05 |x-y|^2; l2, 0.2 |x-y|; l1, 0.02 |x-y|_1")
-    add("kernel", "IMQ", ("IMQ", "RBF"), "mmd: the kernel, inverse multiquadratic or Gaussian")
-    add("nowozin_trick", False, None, "gan: add the prior's log density to the discriminator's logit")
+    add = parser.add_argument_group("objective").add_argument
+    add("--LAMBDA", type=at_least(float, 0), metavar="X",
+        help="weight of the penalty; for vae, a tenth of the decoder's variance, for pixels in "
+             "[-1, 1] (default: 10 for gan, 100 for mmd, 1 for vae)")
+    add("--pz_scale", type=positive, default=1.0, metavar="X",
+        help="standard deviation of the prior (default: 1.0)")
+    add("--cost", default="l2sq", choices=("l2sq", "l2", "l1"),
+        help="l2sq: 0.05 |x-y|^2; l2: 0.2 |x-y|; l1: 0.02 |x-y|_1 (default: l2sq)")
+    add("--kernel", default="IMQ", choices=("IMQ", "RBF"),
+        help="mmd: inverse multiquadratic or Gaussian (default: IMQ)")
+    add("--imq_scales", type=positive_numbers, default=model.IMQ_SCALES, metavar="X,X,...",
+        help="mmd: scales of the IMQ kernels that are summed; 1 alone is the paper's "
+             "(default: 0.1,0.2,0.5,1,2,5,10, the official code's)")
+    add("--nowozin_trick", action=Switch, default=False,
+        help="gan: add the prior's log density to the discriminator's logit")
 
-    add = section("optimisation")
-    add("niter", PAPER_EPOCHS, count, "epochs; at least 1")
-    add("lr", 0.0003, positive, "learning rate of encoder and decoder; more than 0")
-    add("lr_adv", None, positive, "gan: learning rate of the discriminator; more than 0 (default: 3 x lr)")
-    add("beta1", 0.5, number(float, 0, 0.9999), "Adam's decay of the first moment; 0 to 0.9999")
-    add("lr_schedule", "paper", ("paper", "scaled", "constant"), "paper: half the rates after epoch 30, a tenth after "
-        "epoch 50; scaled: the same, for NITER epochs in place of the paper's 55")
-    add("e_pretrain", False, None, "first train the encoder alone, until the moments of its codes match the prior's")
-    add("e_pretrain_sample_size", 256, number(int, 2, 100_000), "images in a step of that; 2 to 100000")
-    add("e_pretrain_iters", 200, count, "steps of that, at most; at least 1")
-    add("seed", None, number(int, 0, 2**63 - 1), "fixes the run; 0 or more (default: drawn, printed and stored)")
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--niter", type=count, default=PAPER_EPOCHS, metavar="N", help="epochs (default: 55)")
+    add("--lr", type=positive, default=0.0003, metavar="X",
+        help="learning rate of encoder and decoder (default: 0.0003)")
+    add("--lr_adv", type=positive, metavar="X",
+        help="gan: learning rate of the discriminator (default: 3 x lr)")
+    add("--beta1", type=at_least(float, 0), default=0.5, metavar="X",
+        help="Adam's decay of the first moment, below 1 (default: 0.5)")
+    add("--lr_schedule", default="paper", choices=("paper", "scaled", "constant"),
+        help="paper: rates times 0.5, 0.1 and 0.01 after epochs 30, 50 and 100; scaled: the same "
+             "shape over NITER epochs, so that a larger --niter raises the rates again "
+             "(default: paper)")
+    add("--e_pretrain", action=Switch, default=False,
+        help="first train the encoder alone until the moments of its codes match the prior's")
+    add("--e_pretrain_sample_size", type=at_least(int, 2), default=256, metavar="N",
+        help="images in a step of that; 2 or more (default: 256)")
+    add("--e_pretrain_iters", type=count, default=200, metavar="N",
+        help="steps of that, at most (default: 200)")
+    add("--seed", type=at_least(int, 0), default=0, metavar="N", help="(default: 0)")
 
-    add = section("output")
-    add("outf", None, Path, "folder to write to (default: outputs, or where the checkpoint lies)", "FOLDER")
-    add("print_every", 10, count, "steps between rows of log.csv; at least 1")
-    add("sample_every", 1, count, "epochs between pictures; at least 1")
-    add("checkpoint", None, Path, "checkpoint of a run to continue, or to evaluate", "FILE")
-    add("tensorboard", False, None, "write log and pictures for TensorBoard too, which must be installed")
-    add("evaluate", False, None, "no training: write images and metrics of --checkpoint")
-    add("n_samples", 10000, number(int, 2, 1_000_000), "samples that an evaluation draws; 2 to 1000000")
-    add("sampler", "prior", ("prior", "gaussian"),
-        "where the codes of samples come from: the prior, or a Gaussian fitted to the codes of the training images")
+    add = parser.add_argument_group("output").add_argument
+    add("--outf", type=folder, metavar="FOLDER",
+        help="where to write; a run in it is continued if it has the same flags (default: outputs, "
+             "or the folder of --checkpoint)")
+    add("--print_every", type=count, default=10, metavar="N",
+        help="steps between rows of log.csv (default: 10)")
+    add("--sample_every", type=count, default=1, metavar="N",
+        help="epochs between pictures (default: 1)")
+    add("--checkpoint", type=folder, metavar="FILE",
+        help="continue or evaluate this run; its flags become the defaults")
+    add("--tensorboard", action=Switch, default=False,
+        help="write log and pictures for TensorBoard too, which must be installed")
+    add("--evaluate", action=Switch, default=False,
+        help="no training: write images and metrics of a checkpoint")
+    add("--n_samples", type=at_least(int, 2), default=10000, metavar="N",
+        help="samples of each latent density in an evaluation; 2 or more (default: 10000)")
+    add("--fid", action=Switch, default=False,
+        help="add Frechet inception distances to an evaluation; needs pytorch-fid")
 
-    add = section("machine")
-    add("cuda", False, None, "train on a GPU")
-    add("gpu_id", 0, number(int, 0), "which GPU, from 0")
-    add("ngpu", 1, count, "processes, with a GPU each if --cuda; more than 1 starts torchrun on this machine")
-    add("workers", None, count, "processes that decode images, on first use; at least 1 (default: one a core)")
-    add("amp", False, None, "run the networks in bfloat16; weights and penalties stay in float32")
-    add("compile", False, None, "torch.compile the networks and the penalty")
+    add = parser.add_argument_group("machine").add_argument
+    add("--cuda", action=Switch, default=False, help="train on a GPU")
+    add("--gpu_id", type=at_least(int, 0), default=0, metavar="N", help="which GPU, from 0")
+    add("--ngpu", type=count, default=1, metavar="N",
+        help="processes, with a GPU each if --cuda (default: 1)")
+    add("--workers", type=count, metavar="N",
+        help="processes that decode images, on first use (default: one a core)")
+    add("--amp", action=Switch, default=False,
+        help="run the networks in bfloat16; weights and penalties stay in float32")
+    add("--compile", action=Switch, default=False,
+        help="torch.compile the networks and the penalty")
     # fmt: on
     return parser
 
 
-def read_checkpoint(path: Path) -> tuple[dict[str, Any], list[str]]:
-    """A checkpoint, and the flags in it as one would type them.
+def as_arguments(stored: dict[str, Any]) -> Iterator[str]:
+    """The flags of a checkpoint as one would type them."""
+    for name, value in stored.items():
+        if isinstance(value, bool):
+            yield f"--{name}" if value else f"--no-{name}"
+        elif value is not None:
+            yield f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
+
+
+def get_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | None]:
+    """The flags, and the checkpoint to continue from or to evaluate, if there is one.
 
     Raises:
-        UserError: they are not what this program writes. Whether the weights fit the flags, see `WAE.load`.
+        UsageError: flags that are wrong, contradict each other, or contradict the checkpoint.
+        UserError: a checkpoint that cannot be read.
     """
-
-    def refuse(reason: str) -> None:
-        raise UserError(f"--checkpoint={path}: not a checkpoint of this program: {reason}")
-
+    parser = get_parser()
+    flags = complete(parser.parse_args(argv))
+    here = flags.outf / CHECKPOINT
+    path = flags.checkpoint or here
+    if not path.exists() and not flags.checkpoint and not flags.evaluate:
+        return check(flags), None
     checkpoint = utils.load_checkpoint(path)
-    kept = {name: checkpoint["flags"].get(name) for name in FIXED + KEPT}
-    stored = [f"--{k}" if value is True else f"--{k}={value}" for k, value in kept.items() if value is not False]
-    parser = build_parser()
-    parser.error = refuse  # what is out of range there is not the fault of the command line
-    parser.parse_args(stored)
-    for name, kind in {"epoch": int, "step": int, "best": float, "log": str}.items():
-        value = checkpoint.get(name)
-        if not isinstance(value, kind) or (kind is int and value < 0):
-            refuse(f"its {name} is missing or wrong")
-    try:
-        rows = utils.log_rows(checkpoint["log"])
-        if rows and list(rows[0]) != list(COLUMNS + TEST_COLUMNS):
-            refuse("its log has other columns")
-        [float(value) for row in rows for value in row.values() if value != ""]
-    except (ValueError, TypeError, csv.Error):
-        refuse("its log holds something else than numbers")
-    return checkpoint, stored
-
-
-def parse_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | None]:
-    """The flags, with those of the checkpoint to continue from behind them, and that checkpoint."""
-    parser = build_parser()
-    names = list(vars(parser.parse_args([])))
-    # argparse sets no default where the namespace has the name already: what is not None afterwards was typed.
-    blank = argparse.Namespace(**dict.fromkeys(names))
-    typed = {name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not None}
-    flags = parser.parse_args(argv)
-
-    checkpoint = None
-    if flags.checkpoint:
-        checkpoint, stored = read_checkpoint(flags.checkpoint)
-        flags = parser.parse_args([*stored, *argv])  # what is typed comes later, and so wins
-        fixed = [name for name in FIXED if not (flags.evaluate and name in FREE_IN_EVALUATION)]
-        differ = [k for k in fixed if k in typed and getattr(flags, k) != checkpoint["flags"].get(k)]
+    stored = checkpoint["flags"]
+    if flags.checkpoint or flags.evaluate:
+        try:
+            # Typed flags come later, and so they win.
+            flags = complete(parser.parse_args([*as_arguments(stored), *argv]))
+        except UsageError as error:
+            raise UserError(f"{path}: not a checkpoint of this program: {error}") from None
+    if not flags.evaluate:
+        differ = [name for name in FIXED if getattr(flags, name) != stored.get(name)]
         if differ:
-            pairs = ", ".join(f"--{k}={getattr(flags, k)} (there: {checkpoint['flags'].get(k)})" for k in differ)
-            parser.error(f"--checkpoint={flags.checkpoint} was made with other flags than {pairs}")
-    elif flags.evaluate:
-        parser.error("--evaluate needs --checkpoint=FILE")
-    if flags.dataroot is None:
-        parser.error("--dataroot is required: the folder in which the folders of images lie")
-    if flags.nowozin_trick and flags.mode != "gan":
-        parser.error("--nowozin_trick is for --mode=gan: there is no discriminator otherwise")
+            pairs = ", ".join(f"--{k}={getattr(flags, k)} (there: {stored.get(k)})" for k in differ)
+            raise UsageError(f"{path} is of a run with other flags: {pairs}; choose another --outf")
+        if here.exists() and not path.samefile(here):
+            raise UsageError(f"--outf={flags.outf} holds a run already; choose another")
+    return check(flags), checkpoint
 
-    processes = int(os.environ.get("WORLD_SIZE", flags.ngpu))
-    if flags.batch_size % processes or flags.batch_size < 2 * processes:
-        parser.error(f"--batch_size={flags.batch_size} cannot be shared out evenly to {processes} processes")
-    if flags.cuda and "LOCAL_RANK" not in os.environ and flags.ngpu > max(1, torch.cuda.device_count()):
-        parser.error(f"--ngpu={flags.ngpu}: there are {torch.cuda.device_count()} GPUs here")
 
-    flags.outf = flags.outf or (flags.checkpoint.parent if flags.checkpoint else Path("outputs"))
-    flags.noise = flags.noise or ("add_noise" if flags.mode == "gan" else "gaussian")
-    flags.LAMBDA = (10.0 if flags.mode == "gan" else 100.0) if flags.LAMBDA is None else flags.LAMBDA
+def complete(flags: argparse.Namespace) -> argparse.Namespace:
+    """The flags, with the defaults that depend on other flags."""
+    for name, value in MODE_DEFAULTS[flags.mode].items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, value)
     flags.lr_adv = flags.lr_adv or 3 * flags.lr
     flags.workers = flags.workers or utils.n_cores()
-    if not flags.evaluate and not flags.checkpoint and (flags.outf / "checkpoint.pth.tar").exists():
-        there = flags.outf / "checkpoint.pth.tar"
-        parser.error(
-            f"--outf={flags.outf} holds a run already: continue it with --checkpoint={there}, or choose another"
+    flags.outf = flags.outf or (flags.checkpoint.parent if flags.checkpoint else Path("outputs"))
+    return flags
+
+
+def check(flags: argparse.Namespace) -> argparse.Namespace:
+    """The flags. Raises UsageError where they contradict each other or this machine."""
+    if flags.dataroot is None:
+        raise UsageError("--dataroot is required: the folder with the folders of images")
+    if flags.outf.resolve().is_relative_to(flags.dataroot.resolve()):
+        raise UsageError(
+            f"--outf={flags.outf} is inside --dataroot={flags.dataroot}: its pictures would become "
+            "training images; choose another"
         )
-    return flags, checkpoint
+    if flags.mode == "vae" and flags.noise != "gaussian":
+        raise UsageError(f"--noise={flags.noise}: --mode=vae needs --noise=gaussian")
+    if flags.nowozin_trick and flags.mode != "gan":
+        raise UsageError("--nowozin_trick is for --mode=gan: there is no discriminator otherwise")
+    if flags.beta1 >= 1:
+        raise UsageError(f"--beta1={flags.beta1} must be below 1")
+    if flags.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise UsageError("--tensorboard: TensorBoard is not installed; pip install tensorboard")
+    compilers = (os.environ.get("CXX", "g++"), "c++", "clang++")
+    if flags.compile and not any(map(shutil.which, compilers)):
+        raise UsageError("--compile needs a C++ compiler, and there is none here")
+    launched = utils.started_by_torchrun()
+    n_gpus = torch.cuda.device_count()
+    if flags.cuda and not launched and flags.ngpu > max(1, n_gpus):
+        raise UsageError(f"--ngpu={flags.ngpu}: there are {n_gpus} GPUs here")
+    size = int(os.environ["WORLD_SIZE"]) if launched else flags.ngpu
+    if flags.batch_size % size or flags.batch_size < 2 * size:
+        raise UsageError(f"--batch_size={flags.batch_size} cannot be shared by {size} processes")
+    return flags
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The auto-encoder and its training step
+# --------------------------------------------------------------------------------------------------
+# The training step
 
 
-class WAE:
-    """Encoder, decoder and, for --mode=gan, discriminator, with their optimisers: what a checkpoint keeps."""
+class Run:
+    """Networks and optimisers of a run, which a checkpoint keeps, and how its flags use them."""
 
     def __init__(self, flags: argparse.Namespace, world: World):
         self.flags, self.world = flags, world
+        symmetric = flags.input_normalize_sym
         utils.set_seed(flags.seed, "weights")
-        shape = {"image_size": flags.image_size, "nz": flags.nz, "nf": flags.nf, "arch": flags.arch}
-        self.encoder: nn.Module = model.Encoder(**shape, noise=flags.noise)
-        self.decoder: nn.Module = model.Decoder(**shape, symmetric=flags.input_normalize_sym)
-        self.discriminator: nn.Module | None = None
+        self.net: nn.Module = model.AutoEncoder(
+            flags.image_size, flags.nz, flags.nf, flags.arch, flags.noise, symmetric
+        )
+        self.networks = {"net": self.net}
         if flags.mode == "gan":
-            self.discriminator = model.Discriminator(flags.nz, pz_scale=flags.pz_scale if flags.nowozin_trick else None)
+            trick = {"pz_scale": flags.pz_scale} if flags.nowozin_trick else {}
+            self.networks["discriminator"] = model.Discriminator(flags.nz, **trick)
         if flags.cuda and world.size > 1:
-            self.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.encoder)
-            self.decoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.decoder)
-        for network in self.networks().values():
-            # Channels last is how the images lie in the array, and the faster layout for convolutions on CPU and GPU.
+            self.net = self.networks["net"] = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
+        # Channels last is how images lie in memory, and the faster layout for convolutions.
+        for network in self.networks.values():
             network.to(world.device, memory_format=torch.channels_last)
+        self.discriminator = self.networks.get("discriminator")
 
-        adam = partial(torch.optim.Adam, betas=(flags.beta1, 0.999), fused=True)
-        self.optimizer = adam([*self.encoder.parameters(), *self.decoder.parameters()], lr=flags.lr)
-        self.optimizer_d = adam(self.discriminator.parameters(), lr=flags.lr_adv) if self.discriminator else None
+        rates = {"net": flags.lr, "discriminator": flags.lr_adv}
+        self.optimizers = {
+            name: self.adam(network, rates[name]) for name, network in self.networks.items()
+        }
 
-    def networks(self) -> dict[str, nn.Module]:
-        """The networks by name."""
-        named = {"encoder": self.encoder, "decoder": self.decoder, "discriminator": self.discriminator}
-        return {name: network for name, network in named.items() if network is not None}
+    def adam(self, network: nn.Module, lr: float) -> torch.optim.Adam:
+        """The optimiser of the paper, for the weights of a network."""
+        return torch.optim.Adam(
+            network.parameters(), lr=lr, betas=(self.flags.beta1, 0.999), fused=True
+        )
 
-    def parts(self) -> dict[str, Any]:
-        """All that has a state to save, by the name that it has in a checkpoint."""
-        parts = self.networks() | {"optimizer": self.optimizer}
-        return parts | {"optimizer_d": self.optimizer_d} if self.optimizer_d else parts
-
-    def load(self, checkpoint: dict[str, Any]) -> None:
-        """Takes over the states in a checkpoint. Raises UserError if they are not of these networks."""
-        try:
-            for name, part in self.parts().items():
-                if isinstance(part, torch.optim.Optimizer):
-                    utils.load_adam(part, checkpoint[name])
-                else:
-                    part.load_state_dict(checkpoint[name])
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"--checkpoint={self.flags.checkpoint}: its {name} does not fit its flags") from error
-
-    def set_learning_rates(self, factor: float) -> list[float]:
-        """Sets the rates of the optimisers to so many times their flags, and returns them."""
-        pairs = [(self.optimizer, self.flags.lr * factor), (self.optimizer_d, self.flags.lr_adv * factor)]
-        for optimizer, rate in pairs:
-            for group in optimizer.param_groups if optimizer else ():
-                group["lr"] = rate
-        return [rate for _, rate in pairs]
-
-    def autocast(self) -> Any:
-        """Where the networks run: in bfloat16 with --amp."""
-        return torch.autocast(self.world.device.type, torch.bfloat16) if self.flags.amp else nullcontext()
-
-    def prepare_training(self) -> None:
-        """Wraps the networks for several processes and compilation; only the training step uses them wrapped."""
-        several = self.world.size > 1
-        wrap = partial(DistributedDataParallel, device_ids=[self.world.device.index] if self.flags.cuda else None)
+    def wrap(self) -> None:
+        """Prepares the step functions for several processes and compilation."""
+        gpus = [self.world.device.index] if self.flags.cuda else None
+        several = partial(DistributedDataParallel, device_ids=gpus)
+        wrapped = {
+            name: several(network) if self.world.size > 1 else network
+            for name, network in self.networks.items()
+        }
         compiled: Callable = torch.compile if self.flags.compile else lambda function: function
-        self._encode = compiled(wrap(self.encoder) if several else self.encoder)
-        self._decode = compiled(wrap(self.decoder) if several else self.decoder)
-        self._mmd_penalty = compiled(model.mmd_penalty)
-        if self.discriminator is not None:
-            self._discriminate = wrap(self.discriminator) if several else self.discriminator
+        self.step_net = compiled(wrapped["net"])
+        self.step_discriminator = wrapped.get("discriminator")
+        self.mmd_penalty = compiled(model.mmd_penalty)
 
-    def train_step(self, x: Tensor, prior: Tensor) -> Tensor:
-        """One step of Algorithm 1 (gan) or 2 (mmd) of the paper.
+    def set_learning_rates(self, factor: float) -> float:
+        """Sets the rates to so many times their flags. Returns that of encoder and decoder."""
+        rates = {"net": self.flags.lr * factor, "discriminator": self.flags.lr_adv * factor}
+        for name, optimizer in self.optimizers.items():
+            optimizer.param_groups[0]["lr"] = rates[name]
+        return rates["net"]
 
-        Args:
-            x: this process's images x_1 ... x_n of the batch, (n, 3, S, S).
-            prior: draws z_1 ... z_N of the prior, as many as the batch has over all processes, (N, nz).
-
-        Returns:
-            Reconstruction cost, penalty and the discriminator's loss (zero for mmd), without a wait for the device (but
-            for those that PyTorch's batch norm over several GPUs has of its own).
-        """
-        flags, world = self.flags, self.world
-        with self.autocast():
-            codes = self._encode(x)  # z~_i from Q(Z|x_i): the one encoding that all of the step shares
-            reconstructions = self._decode(codes)
-        codes = codes.float()
-        loss_d = torch.zeros((), device=x.device)
-
-        if flags.mode == "gan":
-            # Algorithm 1: update the discriminator by ascending LAMBDA/n sum_i log D(z_i) + log(1 - D(z~_i)) ...
-            z = prior[world.rank * len(x) : (world.rank + 1) * len(x)]
-            logits_prior, logits_codes = self._discriminate(torch.cat([z, codes.detach()])).chunk(2)
-            loss_d = flags.LAMBDA * model.discriminator_loss(logits_prior, logits_codes)
-            self.optimizer_d.zero_grad()
-            loss_d.backward()
-            self.optimizer_d.step()
-            # ... and encoder and decoder by descending 1/n sum_i c(x_i, G(z~_i)) - LAMBDA log D(z~_i).
-            penalty = model.gan_penalty(self.discriminator, codes)
-        else:
-            # Algorithm 2: update encoder and decoder by descending 1/n sum_i c(x_i, G(z~_i)) + LAMBDA MMD^2(z, z~).
-            everyones = utils.gather_with_gradient(codes, world)
-            penalty = self._mmd_penalty(everyones, prior, flags.kernel, flags.pz_scale)
-
-        cost = model.reconstruction_cost(x, reconstructions.float(), flags.cost, flags.input_normalize_sym)
-        self.optimizer.zero_grad()
-        (cost + flags.LAMBDA * penalty).backward()
-        self.optimizer.step()
-        return torch.stack([cost, penalty, loss_d]).detach()
-
-    def to_input(self, batch: Tensor) -> Tensor:
-        """uint8 images (n, S, S, 3) as the encoder takes them."""
-        return utils.from_uint8(batch, self.flags.input_normalize_sym)
-
-    def encode(self, batch: Tensor) -> Tensor:
-        """Codes (n, nz) of uint8 images (n, S, S, 3), in evaluation mode."""
-        with torch.no_grad(), self.autocast(), utils.evaluating(self.encoder):
-            return self.encoder(self.to_input(batch)).float()
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Images (n, 3, S, S) in [0, 1] of codes (n, nz), in evaluation mode."""
-        with torch.no_grad(), self.autocast(), utils.evaluating(self.decoder):
-            return utils.to_unit(self.decoder(codes), self.flags.input_normalize_sym)
+    def autocast(self) -> AbstractContextManager:
+        """Where the networks run: in bfloat16 with --amp."""
+        if not self.flags.amp:
+            return nullcontext()
+        return torch.autocast(self.world.device.type, torch.bfloat16)
 
     def sample_prior(self, n: int) -> Tensor:
         """Draws of the prior, (n, nz)."""
         return model.sample_prior(n, self.flags.nz, self.flags.pz_scale, self.world.device)
 
+    def to_input(self, batch: Tensor) -> Tensor:
+        """uint8 images (n, S, S, 3) as the encoder takes them, (n, 3, S, S)."""
+        return utils.from_uint8(batch, self.flags.input_normalize_sym)
 
-def pretrain_encoder(wae: WAE, images: np.ndarray | Tensor) -> None:
-    """Trains the encoder alone until the moments of its codes are as close to the prior's as those of prior draws."""
-    flags, n = wae.flags, wae.flags.e_pretrain_sample_size
-    optimizer = torch.optim.Adam(wae.encoder.parameters(), lr=flags.lr, betas=(flags.beta1, 0.999), fused=True)
+    def encode(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Codes and log variances (n, nz) of uint8 images (n, S, S, 3), in evaluation mode."""
+        with utils.eval_mode(self.net), self.autocast():
+            mean, log_variance = self.net.encoder(self.to_input(batch))
+            return model.draw_code(mean, log_variance), log_variance
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Images (n, 3, S, S) in [0, 1] of codes (n, nz), in evaluation mode."""
+        with utils.eval_mode(self.net), self.autocast():
+            images = self.net.decoder(codes.float()).float()
+            return images / 2 + 0.5 if self.flags.input_normalize_sym else images
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights and moments, by name."""
+        networks = {name: network.state_dict() for name, network in self.networks.items()}
+        return networks | {
+            f"optimizer_{name}": optimizer.state_dict()
+            for name, optimizer in self.optimizers.items()
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Copies weights and moments. Raises UserError if they do not fit or are not finite."""
+        name = ""
+        try:
+            for name, network in self.networks.items():
+                network.load_state_dict(state[name])
+                if not self.flags.evaluate:
+                    utils.load_adam(self.optimizers[name], state[f"optimizer_{name}"])
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"the checkpoint's {name} does not fit its flags") from error
+        if not utils.weights_are_sound(self.networks.values()):
+            raise UserError("the checkpoint's weights are not finite")
+
+
+def train_step(run: Run, x: Tensor, prior: Tensor) -> Tensor:
+    """One step of Algorithm 1 (gan) or 2 (mmd) of the paper, or of a VAE.
+
+    Does not synchronise with the GPU.
+
+    Args:
+        x: this process's images x_1 ... x_n of the batch, (n, 3, S, S).
+        prior: draws z_1 ... z_N of the prior for the batch of all processes, (N, nz).
+
+    Returns:
+        Reconstruction cost, penalty and the discriminator's loss, (3,).
+    """
+    flags, world = run.flags, run.world
+    with run.autocast():
+        # z~_i from Q(Z|x_i): the one encoding that all of the step shares.
+        y, codes, mean, log_variance = run.step_net(x)
+    loss_d = torch.zeros((), device=x.device)
+
+    if flags.mode == "gan":
+        # Algorithm 1: update D by ascending LAMBDA/n sum_i log D(z_i) + log(1 - D(z~_i)) ...
+        z = prior.chunk(world.size)[world.rank]
+        both = torch.cat([z, codes.detach()])
+        logits_prior, logits_codes = run.step_discriminator(both).chunk(2)
+        loss_d = flags.LAMBDA * model.discriminator_loss(logits_prior, logits_codes)
+        run.optimizers["discriminator"].zero_grad()
+        loss_d.backward()
+        run.optimizers["discriminator"].step()
+        # ... and Q and G by descending 1/n sum_i c(x_i, G(z~_i)) - LAMBDA log D(z~_i).
+        penalty = model.gan_penalty(run.discriminator, codes)
+    elif flags.mode == "mmd":
+        # Algorithm 2: update Q and G by descending 1/n sum_i c(x_i, G(z~_i)) + LAMBDA MMD^2(z, z~).
+        all_codes = utils.gather(codes, world)
+        penalty = run.mmd_penalty(all_codes, prior, flags.kernel, flags.pz_scale, flags.imq_scales)
+    else:
+        # VAE: update Q and G by descending 1/n sum_i c(x_i, G(z~_i)) + LAMBDA KL(Q(Z|x_i) || P_Z).
+        penalty = model.kl_divergence(mean, log_variance, flags.pz_scale)
+
+    cost = model.reconstruction_cost(x, y, flags.cost, flags.input_normalize_sym)
+    run.optimizers["net"].zero_grad()
+    (cost + flags.LAMBDA * penalty).backward()
+    run.optimizers["net"].step()
+    return torch.stack([cost, penalty, loss_d]).detach()
+
+
+def pretrain_encoder(run: Run, images: Images) -> None:
+    """Trains the encoder alone until its codes have the prior's mean and covariance.
+
+    It stops when the loss is what as many draws of the prior would score.
+    """
+    flags, n = run.flags, run.flags.e_pretrain_sample_size
+    optimizer = run.adam(run.net.encoder, flags.lr)
     rng = np.random.default_rng([flags.seed, 2**32])  # no epoch has this number
     indices = (rng.integers(len(images), size=n) for _ in range(flags.e_pretrain_iters))
     target = model.pretrain_floor(n, flags.nz, flags.pz_scale)
-    with tqdm(total=flags.e_pretrain_iters, desc="pretraining", unit="step", disable=not wae.world.is_main) as bar:
-        for step, batch in enumerate(utils.batches(images, indices, wae.world.device)):
-            utils.set_seed(flags.seed, "pretrain", step)
-            with wae.autocast():
-                codes = wae.encoder(wae.to_input(batch))
-            loss = model.pretrain_loss(codes.float(), flags.pz_scale)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            bar.update()
-            if step % 10 == 9:
-                value = utils.average(
-                    loss.detach(), wae.world
-                ).item()  # one number, so that all processes stop together
-                bar.set_postfix(loss=f"{value:.3g}", target=f"{target:.3g}")
-                if value <= target:
-                    break
+    bar = tqdm(
+        utils.batches(images, indices, run.world.device),
+        desc="pretraining",
+        total=flags.e_pretrain_iters,
+        disable=not run.world.is_main,
+    )
+    for step, batch in enumerate(bar):
+        utils.set_seed(flags.seed, "pretrain", step)
+        with run.autocast():
+            codes = model.draw_code(*run.net.encoder(run.to_input(batch)))
+        loss = model.pretrain_loss(codes, flags.pz_scale)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 10 == 9:
+            # The mean over processes, so that all of them stop together.
+            value = utils.average(loss.detach(), run.world).item()
+            bar.set_postfix(loss=f"{value:.3g}", target=f"{target:.3g}")
+            if value <= target:
+                break
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Evaluation: always with batch norm's statistics of the weights at hand
-
-
-def refresh_batch_norm(wae: WAE, images: np.ndarray | Tensor) -> None:
-    """Re-estimates batch norm's statistics from training images: those kept while training lag behind the weights."""
-    n = wae.flags.batch_size // wae.world.size
-    order = utils.epoch_order(len(images), wae.flags.seed, 0)
-    order = order[: len(order) // wae.world.size * wae.world.size][wae.world.rank :: wae.world.size]
-    indices = [order[i : i + n] for i in range(0, len(order) - n + 1, n)][:BATCH_NORM_BATCHES]
-    if not indices:
-        return  # an evaluation that holds out all images keeps the statistics of the checkpoint
-    utils.set_seed(wae.flags.seed, "batch norm", wae.world.rank)
-    with torch.no_grad(), wae.autocast():
-        inputs = (wae.to_input(batch) for batch in utils.batches(images, indices, wae.world.device))
-        update_bn(inputs, nn.Sequential(wae.encoder, wae.decoder))
-
-
-def in_order(wae: WAE, images: np.ndarray | Tensor) -> Iterator[Tensor]:
-    """Batches of uint8 images, from the first to the last."""
-    indices = np.split(np.arange(len(images)), range(wae.flags.batch_size, len(images), wae.flags.batch_size))
-    return utils.batches(images, indices, wae.world.device)
-
-
-def encode_all(wae: WAE, images: np.ndarray | Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Those batches with their codes."""
-    utils.set_seed(wae.flags.seed, "encode")  # a Gaussian encoder draws the same codes every time
-    return ((batch, wae.encode(batch)) for batch in in_order(wae, images))
-
-
-def held_out_figures(wae: WAE, images: np.ndarray | Tensor) -> tuple[dict[str, float], Tensor]:
-    """Figures of the held-out images, and their codes (N, nz).
-
-    Mean squared error of the reconstructions (pixels in [0, 1]); unbiased MMD^2 of the codes to the prior, always with
-    the IMQ kernel so that runs compare; norm of the codes' mean, 0 for the prior; mean over dimensions of their
-    variance, pz_scale^2 for the prior.
-    """
-    errors, codes = [], []
-    for batch, z in encode_all(wae, images):
-        errors.append((wae.decode(z) - utils.from_uint8(batch, symmetric=False)).square().mean((1, 2, 3)))
-        codes.append(z)
-    codes = torch.cat(codes)
-    utils.set_seed(wae.flags.seed, "evaluation prior")
-    with torch.no_grad():
-        mmd = model.mmd_penalty(codes, wae.sample_prior(len(codes)), "IMQ", wae.flags.pz_scale)
-    return {
-        "test_mse": torch.cat(errors).mean().item(),
-        "test_mmd": mmd.item(),
-        "test_code_mean": codes.mean(0).norm().item(),
-        "test_code_variance": codes.var(0).mean().item(),
-    }, codes
-
-
-def epoch_pictures(wae: WAE, images: np.ndarray | Tensor) -> dict[str, Any]:
-    """Samples from the same prior draws every time, and reconstructions and interpolations of held-out images."""
-    utils.set_seed(wae.flags.seed, "pictures")
-    fake = wae.decode(wae.sample_prior(64))
-    batch = next(utils.batches(images, [np.linspace(0, len(images) - 1, 32).astype(int)], wae.world.device))
-    codes = wae.encode(batch)
-    real, reconstructed = utils.from_uint8(batch, symmetric=False), wae.decode(codes)
-    starts, ends = codes[:8, None], codes[-8:, None]  # (8, 1, nz) each
-    t = torch.linspace(0, 1, 10, device=codes.device)[:, None]
-    paths = wae.decode((starts + t * (ends - starts)).flatten(0, 1))  # from each start to its end in ten steps
-    return {
-        "fake_samples": utils.grid(fake, columns=8),
-        "reconstructions": utils.grid(utils.alternate_rows(real, reconstructed, columns=8), columns=8),
-        "interpolations": utils.grid(paths, columns=10),
-    }
-
-
-def evaluate(wae: WAE, train: np.ndarray | Tensor, test: np.ndarray | Tensor, epoch: int, folders: bool) -> None:
-    """Writes `metrics.json`, `codes.png` and, with `folders`, every image to a file of its own in `eval/`."""
-    flags, outf = wae.flags, wae.flags.outf
-    if flags.sampler == "gaussian" and not len(train):
-        raise UsageError(f"--sampler=gaussian fits the codes of training images: --n_test={flags.n_test} leaves none")
-    figures, codes = held_out_figures(wae, test)
-    utils.set_seed(flags.seed, "samples")
-    drawn = {"prior": wae.sample_prior(flags.n_samples)}
-    if len(train):
-        density = fit_gaussian(torch.cat([z for _, z in encode_all(wae, train)]))
-        utils.set_seed(flags.seed, "gaussian samples")
-        drawn["gaussian"] = density.sample((flags.n_samples,))
-        with torch.no_grad():
-            gap = model.mmd_penalty(codes, density.sample((len(codes),)), "IMQ", flags.pz_scale)
-        figures["test_mmd_gaussian"] = gap.item()
-
-    def decoded(z: Tensor) -> Iterator[Tensor]:
-        return (wae.decode(some) for some in z.split(flags.batch_size))
-
-    images = {
-        "real": lambda: (utils.from_uint8(batch, symmetric=False) for batch in in_order(wae, test)),
-        "reconstructions": lambda: decoded(codes),
-    } | {f"samples_{sampler}": partial(decoded, z) for sampler, z in drawn.items()}
-    for name, batches in images.items():
-        figures[f"sharpness_{name}"] = torch.cat([utils.sharpness(batch) for batch in batches()]).mean().item()
-    if folders:
-        for folder, name in (("real", "real"), ("reconstructions",) * 2, ("samples", f"samples_{flags.sampler}")):
-            utils.save_each(outf / "eval" / folder, images[name]())
-
-    counts = {"epoch": epoch, "n_test": len(test), "n_samples": flags.n_samples, "sampler": flags.sampler}
-    utils.write_json(outf / "metrics.json", counts | figures)
-    utils.save_picture(outf / "codes.png", picture_of_codes(wae, codes))
-    print("\n".join(f"{name:>28}  {value:.5g}" for name, value in figures.items()))
-
-
-def fit_gaussian(codes: Tensor) -> MultivariateNormal:
-    """The Gaussian with the moments of codes (N, nz): ex-post density estimation (Ghosh et al., ICLR 2020)."""
-    jitter = 1e-6 * torch.eye(codes.shape[1], device=codes.device)  # codes may not span all of the space
-    return MultivariateNormal(codes.mean(0), codes.T.cov() + jitter)
-
-
-def picture_of_codes(wae: WAE, codes: Tensor) -> Any:
-    """Codes (N, nz) and prior draws in the two dimensions whose mean and variance differ most from the prior's."""
-    variance = wae.flags.pz_scale**2
-    distance = codes.mean(0).square() / variance + (codes.var(0, correction=0) / variance - 1).square()
-    axes = distance.topk(min(2, codes.shape[1])).indices.tolist()
-    axes = axes * 2 if len(axes) == 1 else axes
-    utils.set_seed(wae.flags.seed, "picture of codes")
-    prior = wae.sample_prior(min(len(codes), 2000))
-    names = ("draws of the prior", "codes of held-out images")
-    points = [cloud[:2000, axes].cpu().numpy() for cloud in (prior, codes)]
-    return utils.scatter(*points, names, (f"z[{axes[0]}]", f"z[{axes[1]}]"))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Training
 
 
 def learning_rate_factor(epoch: int, schedule: str, niter: int) -> float:
-    """What the rates are multiplied with in an epoch, counted from 0, of a run of `niter` (the paper's appendix)."""
+    """What the rates are multiplied by in an epoch, counted from 0 (the paper's appendix)."""
     if schedule == "scaled":
         epoch = epoch * PAPER_EPOCHS // niter  # where the paper's run would be
     if schedule == "constant" or epoch < 30:
         return 1.0
-    return 0.5 if epoch < 50 else 0.1
+    return 0.5 if epoch < 50 else 0.1 if epoch < 100 else 0.01
 
 
-def check_finite(values: Tensor, last_step: int, names: Sequence[str] = COLUMNS[2:5]) -> None:
-    """Raises UserError, naming it and the step, if one of the values (n, names) of the last n steps is not finite."""
-    if values.isfinite().all():
-        return
-    row, column = (~values.isfinite()).nonzero()[0].tolist()
-    step, name, value = last_step - len(values) + 1 + row, names[column], values[row, column]
-    raise UserError(f"not a finite loss: {name} is {value} at step {step}; nothing was saved since; try a lower --lr")
+def schedule(n_images: int, steps: range, flags: argparse.Namespace, world: World) -> Iterator:
+    """The indices of this process's images in each step, a function of seed and step.
+
+    An epoch leaves out the images of its permutation that do not fill a batch.
+    """
+    per_epoch = n_images // flags.batch_size
+    for step in steps:
+        epoch, i = divmod(step, per_epoch)
+        if i == 0 or step == steps.start:
+            order = utils.epoch_order(n_images, flags.seed, epoch)
+        batch = order[i * flags.batch_size : (i + 1) * flags.batch_size]
+        yield batch.reshape(world.size, -1)[world.rank]
 
 
-@dataclass
-class Progress:
-    """How far a run has come."""
+def check_finite(values: Tensor, first_step: int, names: Iterable[str]) -> None:
+    """Raises UserError, naming value and step, if one of values (steps, names) is not finite."""
+    for step, row in enumerate(values.tolist(), first_step):
+        for name, value in zip(names, row, strict=True):
+            if not math.isfinite(value):
+                raise UserError(
+                    f"{name} is {value} at step {step}; the last checkpoint is intact; try a lower --lr"
+                )
 
-    epoch: int = 0  # whole epochs done
-    step: int = 0  # steps done of the next one
-    best: float = math.inf  # lowest held-out mean squared error so far
 
+def train(run: Run, images: Images, test: Images, data: dict, checkpoint: dict | None) -> int:
+    """Trains to the last epoch. Returns 0, or the number of the signal that ended it early.
 
-def train(wae: WAE, images: np.ndarray | Tensor, test: np.ndarray | Tensor, checkpoint: dict[str, Any] | None) -> int:
-    """Trains to the last epoch. Returns the exit status: 0, or 128 + N if signal N ended the run early."""
-    flags, world, outf = wae.flags, wae.world, wae.flags.outf
-    progress = Progress(*(checkpoint[name] for name in ("epoch", "step", "best"))) if checkpoint else Progress()
-    if progress.epoch > flags.niter:
-        raise UsageError(f"--niter={flags.niter}: the checkpoint has seen {progress.epoch} epochs already")
-    log = None
-    if world.is_main:  # the one process that writes
-        log = utils.Log(outf, COLUMNS + TEST_COLUMNS, checkpoint["log"] if checkpoint else "", flags.tensorboard)
-        utils.write_json(outf / "args.json", {k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items()})
-        sample = next(utils.batches(images, [utils.epoch_order(len(images), flags.seed, 0)[:64]], world.device))
-        utils.save_picture(outf / "real_samples.png", utils.grid(utils.from_uint8(sample, False), columns=8))
+    Args:
+        images, test: training and held-out images, uint8 (N, S, S, 3).
+        data: what identifies the images, for the checkpoint.
+        checkpoint: where to continue, None for a new run.
+    """
+    flags, world = run.flags, run.world
+    per_epoch = len(images) // flags.batch_size
+    start, end = checkpoint["step"] if checkpoint else 0, flags.niter * per_epoch
+    best, text = (checkpoint["best"], checkpoint["log"]) if checkpoint else (math.inf, "")
+    log = start_log(run, images, text, start) if world.is_main else None
     if flags.e_pretrain and not checkpoint:
-        pretrain_encoder(wae, images)
+        pretrain_encoder(run, images)
+    run.wrap()
 
-    wae.prepare_training()
-    number = None  # of the signal that ends the run early
-    with utils.StopRequest() as stop:
-        while progress.epoch < flags.niter and number is None:
-            number = train_epoch(wae, images, progress, log, stop)
-            if number is None:
-                finish_epoch(wae, images, test, progress, log)
-                utils.wait_for_all(world)
-                number = stop.agreed(world)
-            elif log:
-                save(wae, progress, log)
+    stop, stopping, losses, clock = utils.Stop(), 0, [], time.perf_counter()
+    indices = schedule(len(images), range(start, end), flags, world)
+    batches = utils.batches(images, indices, world.device)
+    bar = tqdm(batches, initial=start, total=end, unit="step", disable=not world.is_main)
+    for step, batch in enumerate(bar, start):
+        epoch = step // per_epoch
+        lr = run.set_learning_rates(learning_rate_factor(epoch, flags.lr_schedule, flags.niter))
+
+        # Randomness is a function of seed, purpose and step: a resumed run repeats a whole one.
+        utils.set_seed(flags.seed, "prior", step)  # the same draws in every process ...
+        prior = run.sample_prior(flags.batch_size)
+        utils.set_seed(flags.seed, "noise", step, world.rank)  # ... but noise of its own
+        losses.append(train_step(run, run.to_input(batch), prior))
+
+        done = step + 1
+        epoch_ends, printing = done % per_epoch == 0, done % flags.print_every == 0
+        if printing or epoch_ends:
+            check_finite(torch.stack(losses), done - len(losses) + 1, LOSSES)
+            means = utils.average(losses[-1], world).tolist()
+            speed = len(losses) * flags.batch_size / (time.perf_counter() - clock)
+            losses = []
+            if log and printing:
+                used = dict(zip(LOSSES, means if flags.mode == "gan" else means[:2], strict=False))
+                log.add(epoch=epoch + 1, step=done, **used, lr=lr, images_per_s=round(speed, 1))
+                bar.set_description(f"epoch {epoch + 1}/{flags.niter}", refresh=False)
+                bar.set_postfix({k: f"{v:.4g}" for k, v in used.items()}, refresh=False)
+            clock = time.perf_counter()
+        # Several processes agree on a signal where they wait for each other anyway.
+        if world.size == 1 or printing or epoch_ends:
+            stopping = stop.agreed(world)
+
+        if epoch_ends:
+            refresh_batch_norm(run, images, BATCH_NORM_BATCHES)
+        if epoch_ends and log:
+            metrics, _ = test_metrics(run, test)
+            check_finite(torch.tensor([list(metrics.values())]), done, metrics)
+            log.add(epoch=epoch + 1, step=done, **metrics)
+            print(f"epoch {epoch + 1}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+            if (epoch + 1) % flags.sample_every == 0 or done == end:
+                for name, picture in sample_grids(run, test).items():
+                    utils.save_picture(flags.outf / f"{name}_epoch_{epoch + 1:03d}.png", picture)
+                    log.add_picture(name, picture, done)
+            if metrics["test_mse"] < best:
+                best = metrics["test_mse"]
+                save(run, done, best, log, data, "model_best.pth.tar")
+            clock = time.perf_counter()
+        if log and (epoch_ends or stopping):
+            # Last, so that a checkpoint vouches for all that was written before it.
+            save(run, done, best, log, data, CHECKPOINT)
+        if stopping:
+            break
+
+    bar.close()
+    stop.close()
     if log:
         log.close()
-        if number is None:
-            utils.save_picture(outf / "losses.png", utils.curves(loss_curves(log)))
-            evaluate(wae, images, test, progress.epoch, folders=False)
-            print(f"samples, log and checkpoints are in {outf}")
-        else:
-            print(f"stopped after epoch {progress.epoch}, step {progress.step}; to continue: {resume_command(flags)}")
-    return 0 if number is None else 128 + number
-
-
-def train_epoch(
-    wae: WAE, images: np.ndarray | Tensor, progress: Progress, log: utils.Log | None, stop: utils.StopRequest
-) -> int | None:
-    """Trains to the end of the epoch. Returns None, or the number of the signal that ended it early."""
-    flags, world, epoch = wae.flags, wae.world, progress.epoch
-    n = flags.batch_size
-    steps = len(images) // n  # an epoch leaves out those images of its permutation that fill no batch
-    rates = wae.set_learning_rates(learning_rate_factor(epoch, flags.lr_schedule, flags.niter))
-    # (steps, processes, images of each): every process takes its share of every batch
-    order = utils.epoch_order(len(images), flags.seed, epoch)[: steps * n].reshape(steps, world.size, -1)
-    first = min(progress.step, steps)  # a continued run may have moved to fewer images
-    losses: list[Tensor] = []  # of the steps since the last row of the log
-    clock, title = time.perf_counter(), f"epoch {epoch + 1}/{flags.niter}"
-    number = None
-    with tqdm(total=steps * n, initial=first * n, unit="img", desc=title, disable=log is None) as bar:
-        for step, batch in enumerate(utils.batches(images, order[first:, world.rank], world.device), first):
-            utils.set_seed(flags.seed, "prior", epoch, step)  # the same draws in every process ...
-            prior = wae.sample_prior(n)
-            utils.set_seed(flags.seed, "noise", epoch, step, world.rank)  # ... each of which has its own noise
-            losses.append(wae.train_step(wae.to_input(batch), prior))
-
-            bar.update(n)
-            progress.step = step + 1
-            done = epoch * steps + step + 1
-            printing = done % flags.print_every == 0
-            if printing:
-                means = utils.average(losses[-1], world).tolist()  # the one wait for the device
-                check_finite(torch.stack(losses), done)
-                if log:
-                    speed = len(losses) * n / (time.perf_counter() - clock)
-                    values = dict(zip(COLUMNS[2:5], means if flags.mode == "gan" else means[:2], strict=False))
-                    log.add(epoch=epoch + 1, step=done, **values, lr=rates[0], images_per_s=round(speed, 1))
-                    bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()}, refresh=False)
-                losses.clear()
-                clock = time.perf_counter()
-            # One process looks for a signal at every step; several agree on it where they wait for each other anyway.
-            if (world.size == 1 or printing) and (number := stop.agreed(world)):
-                break
-        if losses:
-            check_finite(torch.stack(losses), done)
-    return number
-
-
-def finish_epoch(
-    wae: WAE, images: np.ndarray | Tensor, test: np.ndarray | Tensor, progress: Progress, log: utils.Log | None
-) -> None:
-    """What an epoch ends with: held-out figures, pictures and, last, so that nothing is missed, the checkpoint."""
-    flags = wae.flags
-    step = (progress.epoch + 1) * (len(images) // flags.batch_size)
-    progress.epoch, progress.step = progress.epoch + 1, 0
-    refresh_batch_norm(wae, images)
-    if log is None:
-        return
-    figures, _ = held_out_figures(wae, test)
-    check_finite(torch.tensor([list(figures.values())]), step, list(figures))
-    log.add(epoch=progress.epoch, step=step, **figures)
-    print(f"epoch {progress.epoch}: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
-    if progress.epoch % flags.sample_every == 0 or progress.epoch == flags.niter:
-        for name, picture in epoch_pictures(wae, test).items():
-            utils.save_picture(flags.outf / f"{name}_epoch_{progress.epoch:03d}.png", picture)
-            log.add_picture(name, picture, step)
-    if figures["test_mse"] < progress.best:
-        progress.best = figures["test_mse"]
-        save(wae, progress, log, "model_best.pth.tar")
-    save(wae, progress, log)
-
-
-def save(wae: WAE, progress: Progress, log: utils.Log, name: str = "checkpoint.pth.tar") -> None:
-    """Writes all that is needed to continue from here."""
-    flags = {name: value for name, value in vars(wae.flags).items() if name in FIXED + KEPT}
-    flags["dataroot"] = str(wae.flags.dataroot.resolve())  # the run may be continued from another folder
-    states = {name: part.state_dict() for name, part in wae.parts().items()}
-    utils.save_checkpoint(wae.flags.outf / name, states | asdict(progress) | {"log": log.text, "flags": flags})
-
-
-def loss_curves(log: utils.Log) -> dict[str, tuple[list[float], list[float]]]:
-    """Steps and values of each loss and held-out figure in the log."""
-    wanted = ("reconstruction", "penalty", "discriminator", "test_mse", "test_mmd")
-    points = {name: [(float(r["step"]), float(r[name])) for r in log.rows() if r[name]] for name in wanted}
-    return {name: tuple(map(list, zip(*pairs, strict=True))) for name, pairs in points.items() if pairs}
-
-
-def resume_command(flags: argparse.Namespace) -> str:
-    """The command line that continues this run: its checkpoint, and those flags that a checkpoint does not keep."""
-    usual = vars(build_parser().parse_args([]))
-    command = ["python3", "main.py", f"--checkpoint={flags.outf / 'checkpoint.pth.tar'}"]
-    for name in ("cuda", "gpu_id", "ngpu", "amp", "compile", "tensorboard", "cache_dir", "n_samples", "sampler"):
-        value = getattr(flags, name)
-        if value != usual[name]:
-            command.append(f"--{name}" if value is True else f"--{name}={value}")
-    return shlex.join(command)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The program
-
-
-def run(argv: list[str]) -> int:
-    """Does what the command line asks. Returns the exit status. Raises UserError for what the user can mend."""
-    flags, checkpoint = parse_flags(argv)
-    if flags.ngpu > 1 and "LOCAL_RANK" not in os.environ:
-        return launch(flags.ngpu, argv)
-    if flags.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UsageError("--tensorboard: TensorBoard is not installed; pip install tensorboard")
-    utils.make_folder(flags.outf)
-
-    world = utils.join_world(flags.cuda, flags.gpu_id)
-    if flags.seed is None:
-        flags.seed = utils.from_main(utils.draw_seed(), world)
-        print(f"--seed={flags.seed}") if world.is_main else None
-    # One process a machine decodes, on first use.
-    images = utils.load_images(
-        flags.dataroot, flags.dataset, flags.image_size, flags.workers, flags.cache_dir, build=world.local_rank == 0
-    )
-    flags.n_test = flags.n_test or utils.default_n_test(len(images))
-    n_train = len(images) - flags.n_test
-    if n_train < 0:
-        raise UsageError(f"--n_test={flags.n_test}: there are {len(images)} images")
-    if n_train < flags.batch_size and not flags.evaluate:
-        raise UsageError(
-            f"--batch_size={flags.batch_size}: {len(images)} images less the --n_test={flags.n_test} held out "
-            f"leave {n_train} to train on"
-        )
-    images = utils.put_on_device(images, world.device)
-    train_images, test_images = images[:n_train], images[n_train:]
-
-    # All training batches have one shape. On a GPU, convolutions may use TF32, as by default; the penalties do not.
-    torch.backends.cudnn.benchmark = True
-    wae = WAE(flags, world)
-    if checkpoint:
-        wae.load(checkpoint)
-    if not flags.evaluate:
-        return train(wae, train_images, test_images, checkpoint)
-    refresh_batch_norm(wae, train_images)
-    if world.is_main:
-        evaluate(wae, train_images, test_images, checkpoint["epoch"], folders=True)
+    if stopping:
+        utils.warn(f"stopped after step {done} of {end}; the same command continues")
+        return stopping
+    refresh_batch_norm(run, images)
+    if log:
+        evaluate(run, images, test, step=end, folders=False)
+        print(f"samples, log and checkpoints are in {flags.outf}")
     return 0
 
 
+def start_log(run: Run, images: Images, text: str, step: int) -> utils.Log:
+    """The log, after writing the flags of the run and a picture of training images."""
+    flags = run.flags
+    stored = {k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items()}
+    utils.write_json(flags.outf / "args.json", stored)
+    indices = [utils.epoch_order(len(images), flags.seed, 0)[:64]]
+    sample = utils.from_uint8(next(utils.batches(images, indices, run.world.device)), False)
+    utils.save_picture(flags.outf / "real_samples.png", utils.grid(sample, columns=8))
+    return utils.Log(flags.outf, COLUMNS, text, step, flags.tensorboard)
+
+
+def save(run: Run, step: int, best: float, log: utils.Log, data: dict, name: str) -> None:
+    """Writes all that is needed to continue. Raises UserError if the weights are not finite."""
+    if not utils.weights_are_sound(run.networks.values()):
+        raise UserError(
+            f"the weights are not finite at step {step}; the last checkpoint is intact; try a lower --lr"
+        )
+    flags = {k: v for k, v in vars(run.flags).items() if k not in PER_COMMAND}
+    flags["dataroot"] = str(run.flags.dataroot.resolve())  # it may continue from another folder
+    flags["cache_dir"] = run.flags.cache_dir and str(run.flags.cache_dir.resolve())
+    state = {"flags": flags, "step": step, "best": best, "log": log.text} | data
+    utils.save_checkpoint(run.flags.outf / name, state | run.state_dict())
+
+
+# --------------------------------------------------------------------------------------------------
+# Evaluation
+
+
+def refresh_batch_norm(run: Run, images: Images, n_batches: int | None = None) -> None:
+    """Re-estimates the statistics of batch norm from so many training batches, or from all.
+
+    Those kept while training lag behind the weights.
+    """
+    order = utils.epoch_order(len(images), run.flags.seed, 0)
+    indices = np.array_split(order, max(1, len(order) // run.flags.batch_size))[:n_batches]
+    if run.flags.cuda:  # batch norm is synchronised, so each process takes its share
+        indices = [index[run.world.rank :: run.world.size] for index in indices]
+    if len(order):
+        utils.set_seed(run.flags.seed, "batch norm", run.world.rank)
+        batches = utils.batches(images, indices, run.world.device)
+        with torch.no_grad(), run.autocast():
+            update_bn((run.to_input(batch) for batch in batches), run.net)
+
+
+def encode_all(run: Run, images: Images) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """Batches of uint8 images, their codes and log variances, from the first image to the last."""
+    utils.set_seed(run.flags.seed, "encode")  # a Gaussian encoder draws the same codes every time
+    n = run.flags.batch_size
+    indices = np.split(np.arange(len(images)), range(n, len(images), n))
+    for batch in utils.batches(images, indices, run.world.device):
+        yield batch, *run.encode(batch)
+
+
+def test_metrics(run: Run, images: Images) -> tuple[dict[str, float], Tensor]:
+    """Metrics of held-out images, and their codes (N, nz).
+
+    test_mse is the mean squared error of reconstructions, for pixels in [0, 1]. test_mmd and test_w2
+    are distances of the codes from the prior, see `model.mmd_to_prior` and `model.gaussian_w2`. The
+    eigenvalues are the smallest and largest of the codes' covariance. noise_variance is the mean
+    variance of a Gaussian encoder.
+    """
+    errors, codes, variances = [], [], []
+    for batch, code, log_variance in encode_all(run, images):
+        x = utils.from_uint8(batch, symmetric=False)
+        errors.append((run.decode(code) - x).square().mean((1, 2, 3)))
+        codes.append(code)
+        if log_variance is not None:
+            variances.append(log_variance.exp().mean(1))
+    codes = torch.cat(codes)
+    eigenvalues, _ = model.covariance_eigenvalues(codes)
+    metrics = {
+        "test_mse": torch.cat(errors).mean(),
+        "test_mmd": model.mmd_to_prior(codes, run.flags.pz_scale),
+        "test_w2": model.gaussian_w2(codes, run.flags.pz_scale),
+        "eigenvalue_min": eigenvalues[0],
+        "eigenvalue_max": eigenvalues[-1],
+    }
+    if variances:
+        metrics["noise_variance"] = torch.cat(variances).mean()
+    return {name: value.item() for name, value in metrics.items()}, codes
+
+
+def sample_grids(run: Run, images: Images) -> dict[str, Any]:
+    """Pictures: samples from always the same codes; reconstructions and paths of held-out images."""
+    utils.set_seed(run.flags.seed, "pictures")
+    samples = run.decode(run.sample_prior(64))
+    indices = np.linspace(0, len(images) - 1, 32).astype(int)
+    batch = next(utils.batches(images, [indices], run.world.device))
+    codes, _ = run.encode(batch)
+    real, reconstructed = utils.from_uint8(batch, symmetric=False), run.decode(codes)
+    starts, ends = codes[:8, None], codes[-8:, None]  # (8, 1, nz) each
+    t = torch.linspace(0, 1, 10, device=codes.device)[:, None]
+    paths = run.decode((starts + t * (ends - starts)).flatten(0, 1))
+    return {
+        "fake_samples": utils.grid(samples, columns=8),
+        "reconstructions": utils.grid(utils.interleave(real, reconstructed, columns=8), columns=8),
+        "interpolations": utils.grid(paths, columns=10),
+    }
+
+
+def plot_codes(run: Run, codes: Tensor) -> Any:
+    """Codes (N, nz) and prior draws in the plane of the extreme eigenvectors of the covariance."""
+    _, vectors = model.covariance_eigenvalues(codes)
+    plane = vectors[:, [0, -1]].float()
+    utils.set_seed(run.flags.seed, "plot")
+    clouds = (run.sample_prior(min(len(codes), 2000)), codes[:2000])
+    return utils.scatter(*((cloud @ plane).cpu().numpy() for cloud in clouds))
+
+
+def evaluate(run: Run, train: Images, test: Images, step: int, folders: bool) -> None:
+    """Writes metrics.json and codes.png and, with `folders`, all images and codes to eval/."""
+    flags, outf = run.flags, run.flags.outf
+    metrics, codes = test_metrics(run, test)
+    utils.set_seed(flags.seed, "prior metrics")
+    draws = run.sample_prior(len(codes))
+    metrics["test_w2_of_prior_draws"] = model.gaussian_w2(draws, flags.pz_scale).item()
+
+    utils.set_seed(flags.seed, "samples")
+    latents = {"samples_prior": run.sample_prior(flags.n_samples)}
+    if len(train):
+        train_codes = torch.cat([code for _, code, _ in encode_all(run, train)])
+        for name, components in (("gaussian", 1), ("mixture", MIXTURE)):
+            utils.set_seed(flags.seed, name)
+            density = model.fit_mixture(train_codes, components)
+            latents[f"samples_{name}"] = density.sample((flags.n_samples,))
+    latents["reconstructions"] = codes
+
+    inception, features = utils.Inception(run.world.device) if flags.fid else None, {}
+    sets = {"real": (utils.from_uint8(batch, False) for batch, _, _ in encode_all(run, test))}
+    sets |= {name: map(run.decode, z.split(flags.batch_size)) for name, z in latents.items()}
+    for name, batches in sets.items():
+        writer = utils.ImageWriter(outf / "eval" / name) if folders else None
+        sharp, features[name] = [], []
+        for images in tqdm(batches, desc=name, unit="batch", leave=False):
+            sharp.append(utils.sharpness(images))
+            if inception:
+                features[name].append(inception.features(images))
+            if writer:
+                writer.add(images)
+        if writer:
+            writer.close()
+        metrics[f"sharpness_{name}"] = torch.cat(sharp).mean().item()
+        if inception and name != "real":
+            both = (np.concatenate(features[key]) for key in ("real", name))
+            metrics[f"fid_{name}"] = inception.fid(*both)
+
+    if folders:
+        with utils.atomic_write(outf / "eval" / "codes.npy") as file:
+            np.save(file, codes.cpu().numpy())
+    utils.save_picture(outf / "codes.png", plot_codes(run, codes))
+    counts = {"step": step, "n_test": len(test), "n_samples": flags.n_samples}
+    utils.write_json(outf / METRICS_FILE, counts | metrics)
+    print("\n".join(f"{name:>28}  {value:.5g}" for name, value in metrics.items()))
+
+
+# --------------------------------------------------------------------------------------------------
+# The program
+
+
+def check_data(flags: argparse.Namespace, data: dict[str, Any], stored: dict[str, Any]) -> None:
+    """Compares the images with those that the checkpoint was trained on.
+
+    Raises:
+        UserError: a run would continue on other images.
+    """
+    if data["images"] != stored["images"]:
+        message = f"--dataroot={flags.dataroot}: not the images that the checkpoint was trained on"
+        if not flags.evaluate:
+            raise UserError(f"{message}; bring those back, or start anew in another --outf")
+        utils.warn(message)
+    elif data["n_train"] < stored["n_train"]:
+        n = stored["n_train"] - data["n_train"]
+        utils.warn(f"--n_test={flags.n_test}: {n} of the held-out images were trained on")
+
+
+def is_complete(flags: argparse.Namespace, step: int, end: int) -> bool:
+    """Whether a run has come to its last step and been evaluated there."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return step >= end and json.loads((flags.outf / METRICS_FILE).read_text())["step"] == step
+    return False
+
+
+def execute(argv: list[str]) -> int:
+    """Does what the command line asks. Returns the exit status. Raises UserError."""
+    flags, checkpoint = get_flags(argv)
+    if flags.ngpu > 1 and not utils.started_by_torchrun():
+        return launch(flags.ngpu, argv)
+    world = utils.join_world(flags.cuda, flags.gpu_id)
+    images, digest = utils.load_images(
+        *(flags.dataroot, flags.dataset, flags.image_size),
+        *(flags.crop, flags.workers, flags.cache_dir),
+    )
+    n_test = flags.n_test or utils.default_n_test(len(images))
+    data = {"images": digest, "n_train": len(images) - n_test}
+    if data["n_train"] < (0 if flags.evaluate else flags.batch_size):
+        raise UsageError(
+            f"--n_test={n_test}, --batch_size={flags.batch_size}: {len(images)} images are too few"
+        )
+    step, end = 0, flags.niter * (data["n_train"] // flags.batch_size)
+    if checkpoint:
+        check_data(flags, data, checkpoint)
+        step = checkpoint["step"]
+    utils.make_folder(flags.outf)
+    lock = utils.lock_folder(flags.outf) if world.is_main else None
+    if not flags.evaluate and is_complete(flags, step, end):
+        print(f"the run in {flags.outf} is complete; a larger --niter continues it")
+        return 0
+
+    images = utils.put_on_device(images, world.device)
+    train_images, test_images = images[: data["n_train"]], images[data["n_train"] :]
+    # All training batches have one shape. On a GPU, convolutions may use TF32, penalties may not.
+    torch.backends.cudnn.benchmark = True
+    run = Run(flags, world)
+    if checkpoint:
+        run.load_state_dict(checkpoint)
+    signum = 0
+    if flags.evaluate:
+        refresh_batch_norm(run, train_images)
+        if world.is_main:
+            evaluate(run, train_images, test_images, step, folders=True)
+    else:
+        if checkpoint:
+            utils.warn(f"continuing the run in {flags.outf} from step {step} of {end}")
+            if flags.lr_schedule == "scaled" and flags.niter > checkpoint["flags"]["niter"]:
+                utils.warn(f"--lr_schedule=scaled is stretched to --niter={flags.niter}")
+        signum = train(run, train_images, test_images, data, checkpoint)
+    if lock:
+        lock.close()
+    utils.leave_world()
+    return 128 + signum if signum else 0
+
+
 def launch(processes: int, argv: list[str]) -> int:
-    """Runs this command line in several processes on this machine, as `torchrun --nproc_per_node=N` does."""
+    """Runs the command in several processes on this machine, as `torchrun` does."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")  # seconds to finish a step and write a checkpoint
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)  # the processes say themselves what is wrong
+    # Seconds to finish a step and write a checkpoint after a signal.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
+    # The processes say themselves what is wrong.
+    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     try:
         torchrun.main(["--standalone", f"--nproc_per_node={processes}", __file__, *argv])
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode > 0:
             return failure.exitcode
-        utils.warn(f"error: process {rank} of {processes} was killed by signal {-failure.exitcode} (out of memory?)")
+        utils.warn(f"error: process {rank} of {processes} was killed by signal {-failure.exitcode}")
         return 128 - failure.exitcode
-    except SignalException as error:  # passed on to the processes, which have stopped as one alone does
+    except SignalException as error:
         return 128 + error.sigval
     return 0
 
 
 def main() -> int:
-    """Runs the program and turns every error that a user can mend into one line."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # while training, see utils.StopRequest
+    """Runs the program and shows each error that a user can mend as one line."""
+    sys.stdout, sys.stderr = utils.Output(sys.stdout), utils.Output(sys.stderr)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, utils.exit_at_once)
     try:
-        status = run(sys.argv[1:])
+        return execute(sys.argv[1:])
     except UserError as error:
-        utils.let_others_speak(unless_main=True)  # the main process says the same, if it has failed as well
-        utils.warn(f"error: {error}")
-        return error.status
-    except KeyboardInterrupt:
-        utils.warn("interrupted")
-        return 130
+        message, status = str(error), error.status
     except OSError as error:
-        utils.warn(f"error: {error.filename or 'a file'}: {error.strerror or error}")
-        return 1
-    except (MemoryError, RuntimeError) as error:
-        utils.let_others_speak()
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "allocate" not in str(error):
-            raise
-        utils.warn("error: out of memory; try a smaller --batch_size, --nf or --image_size")
-        return 1
-    utils.leave_world()
+        message, status = f"{error.filename or 'a file'}: {error.strerror or error}", 1
+    except (MemoryError, torch.OutOfMemoryError):
+        message, status = "out of memory; try a smaller --batch_size, --nf or --image_size", 1
+    except RuntimeError:
+        utils.wait_for_torchrun()
+        raise
+    if os.environ.get("RANK", "0") != "0":
+        utils.wait_for_torchrun()
+    print(f"main.py: error: {message}", file=sys.stderr)
     return status
 
 

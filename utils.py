@@ -1,43 +1,52 @@
-"""What any training run needs: images, batches, seeds, devices and processes, checkpoints, the log, pictures, metrics.
+"""What any training run needs: files, images, seeds, processes, checkpoints, a log, pictures.
 
-Nothing here knows what a WAE is. `main.py` assembles these functions with `model.py`.
+Nothing here knows what an auto-encoder is. `main.py` puts these functions together with `model.py`.
 """
 
 import contextlib
 import csv
+import fcntl
 import hashlib
 import io
 import json
 import os
-import random
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
 import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
-from torch import Tensor
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import ImageFolder
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-CELEBA_CROP = 140  # side in pixels of the central square that the paper's experiments keep of an aligned CelebA image
-CELEBA_TEST_IMAGES = 19_962  # the official test partition of CelebA, which its file names end with
+Images = np.ndarray | Tensor  # uint8, (N, S, S, 3), on disk or on a GPU
+
+CELEBA_CROP = 140  # the central square of an aligned CelebA image that the paper keeps, in pixels
+CELEBA_TEST_IMAGES = 19_962  # the official test partition, the last images by name
+
+# What every checkpoint has besides the states of networks and optimisers.
+CHECKPOINT_KINDS = {
+    **{"flags": dict, "images": str, "n_train": int},
+    **{"step": int, "best": float, "log": str},
+}
+
+# No trained weight comes near this; beyond it a run has diverged.
+LARGEST_WEIGHT = 1e6
 
 
 class UserError(Exception):
@@ -52,47 +61,27 @@ class UsageError(UserError):
     status = 2
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` when the block ends, whole and on disk, or not at all.
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends: whole and flushed, or not at all.
 
     Raises:
-        UserError: the disk is full, the folder cannot be written, ...; `path` is then what it was before.
+        UserError: the file cannot be written; `path` is then what it was before.
     """
-    aside = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        _remove_left_overs(path.parent, path.name)
-        with open(aside, "w+b") as file:
+        with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
-    except BaseException as error:
-        aside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-        raise
-
-
-def _remove_left_overs(folder: Path, names: str) -> None:
-    """Removes what processes that were killed had written aside, of files whose names match the pattern."""
-    for left_over in folder.glob(f".{names}.{socket.gethostname()}.*.tmp"):
-        if not _process_lives(int(left_over.name.split(".")[-2])):
-            left_over.unlink(missing_ok=True)
-
-
-def _process_lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def make_folder(path: Path) -> Path:
@@ -104,206 +93,302 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+@contextlib.contextmanager
+def lock_file(path: Path) -> Iterator[None]:
+    """Waits until no other process is in this block with the same file."""
+    try:
+        file = open(path, "w")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    with file:
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def lock_folder(folder: Path) -> TextIO:
+    """Locks the folder until the returned file is closed or the process ends, however it ends.
+
+    Raises:
+        UserError: another process has the lock, or the folder cannot be written.
+    """
+    try:
+        file = open(folder / ".lock", "a+")  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        print(os.getpid(), file=file, flush=True)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(f"{folder} is in use by process {file.read().strip()}") from None
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror}") from error
+    return file
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Replaces `path` by the content as indented JSON."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Images: found by ImageFolder, decoded once into one uint8 array on disk, memory-mapped ever after
+# --------------------------------------------------------------------------------------------------
+# Images: decoded once into one array on disk, which training maps into memory
 
 
-def find_images(dataroot: Path) -> list[tuple[str, int, int]]:
-    """Path, size and time of change of each image that `ImageFolder` finds in `dataroot`, in order of their paths.
+@dataclass(frozen=True)
+class ImageFile:
+    """An image file, by its path in the data set."""
+
+    name: str
+    n_bytes: int
+    time_ns: int
+
+
+def find_images(dataroot: Path) -> list[ImageFile]:
+    """The images that `ImageFolder` finds in `dataroot`, in order of their paths.
+
+    Hidden files and folders are left out: they belong to other programs.
 
     Raises:
-        UserError: no such folder, or no image in a folder inside it.
+        UserError: no such folder, no image in a folder inside it, or a folder that is reached twice.
     """
     layout = f"images must lie in a folder inside it, as in {dataroot}/sub_directory/XXX.jpg"
     if not dataroot.is_dir():
         raise UserError(f"--dataroot={dataroot}: no such folder; {layout}")
+    check_folders(dataroot)
     try:
         paths = [path for path, _ in ImageFolder(str(dataroot), allow_empty=True).samples]
-    except FileNotFoundError:  # what ImageFolder raises where there is no folder inside
+    except FileNotFoundError:  # there is no folder inside
         paths = []
-    except OSError as error:
-        raise UserError(f"--dataroot={dataroot}: cannot be read: {error.strerror}") from error
-    start = len(str(dataroot))
-    # A hidden file or folder is another program's, a half-extracted download's for instance.
-    paths = sorted(path for path in paths if "/." not in path[start:])
-    if not paths:
+    names = sorted(os.path.relpath(path, dataroot) for path in paths)
+    names = [name for name in names if not name.startswith(".") and "/." not in name]
+    if not names:
         raise UserError(f"--dataroot={dataroot}: no image in a folder inside it; {layout}")
-    status = [_status(path) for path in paths]
-    return [(path, s.st_size, s.st_mtime_ns) for path, s in zip(paths, status, strict=True)]
+    return [image_file(dataroot, name) for name in names]
 
 
-def _status(path: str) -> os.stat_result:
+def check_folders(dataroot: Path) -> None:
+    """Names folders that cannot be read. Raises UserError for one that links lead to twice."""
+    seen: dict[tuple[int, int], str] = {}
+
+    def unreadable(error: OSError) -> None:
+        warn(f"skipped the folder {error.filename}: {error.strerror}")
+
+    for folder, _, _ in os.walk(dataroot, followlinks=True, onerror=unreadable):
+        status = os.stat(folder)
+        first = seen.setdefault((status.st_dev, status.st_ino), folder)
+        if first != folder:
+            raise UserError(
+                f"--dataroot={dataroot}: {folder} is {first} again, by a link; remove the link"
+            )
+
+
+def image_file(dataroot: Path, name: str) -> ImageFile:
+    """Size and time of change of an image file; 0 for a link that leads nowhere."""
     try:
-        return os.stat(path)
-    except OSError:  # a link that leads nowhere: to be named later, among what cannot be read
-        return os.lstat(path)
+        status = os.stat(dataroot / name)
+    except OSError:
+        return ImageFile(name, 0, 0)
+    return ImageFile(name, status.st_size, status.st_mtime_ns)
 
 
-def decode_image(path: str, size: int, crop: int | None) -> np.ndarray:
-    """The central square of an image file, `crop` pixels wide (None: as wide as it goes), as (size, size, 3) uint8 RGB.
+def digest(*parts: Any) -> str:
+    """Sixteen hexadecimal digits that depend on all parts, for names and comparisons."""
+    text = "\n".join(map(str, parts))
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def decode_image(path: Path, size: int, crop: int | None) -> np.ndarray:
+    """The central square of an image file, resized: (size, size, 3) uint8 RGB.
+
+    Args:
+        crop: side of the square in pixels; None takes the largest.
 
     Raises:
         UserError: the image is smaller than the crop.
         Exception: whatever Pillow makes of a file that is not a whole image.
     """
-    if not os.path.isfile(path):  # a pipe would be waited for
+    if not path.is_file():  # a pipe would be waited for
         raise OSError(f"{path} is not a file")
     with Image.open(path) as file:
         image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # 16 bits of grey: Pillow would clip them to 8, not scale them
+        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         image = image.convert("RGB")
     side = crop or min(image.size)
     if min(image.size) < side:
         width, height = image.size
         raise UserError(
-            f"{path}: {width} x {height} pixels, less than the {side} x {side} that --dataset=celebA cuts out; "
-            "for images of other sizes use --dataset=folder"
+            f"{path}: {width} x {height} pixels, less than the crop of {side} x {side}; "
+            "use another --crop, or --dataset=folder"
         )
     left, top = ((length - side) // 2 for length in image.size)
-    square = image.crop((left, top, left + side, top + side))  # resize's own `box` would let in what lies around it
-    return np.asarray(square.resize((size, size), Image.Resampling.BILINEAR))
+    square = image.crop((left, top, left + side, top + side))
+    # As the official implementation does; sharpness and FID depend on it.
+    return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
 
 
-def _start_decoding() -> None:
-    """Prepares a worker, which ends when the parent ends, even if killed; Ctrl-C, which both get, is for the parent."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    warnings.simplefilter("ignore")  # Pillow's, of oddities in files, would tear the progress bar
-    parent = parent_process()
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+class Decoded(Dataset):
+    """The pixels of each image file; a UserError to raise; or None if it cannot be read."""
 
+    def __init__(self, paths: list[Path], size: int, crop: int | None):
+        self.paths, self.size, self.crop = paths, size, crop
 
-def _decode_images(start: int, paths: Sequence[str], size: int, crop: int | None, descriptor: int) -> list[bool]:
-    """One worker's share: writes the pixels of images `start` and on to their place in the file. Which can be read?"""
-    readable, n_bytes = [], size * size * 3
-    pixels = bytearray(len(paths) * n_bytes)
-    for i, path in enumerate(paths):
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, i: int) -> np.ndarray | UserError | None:
         try:
-            pixels[i * n_bytes : (i + 1) * n_bytes] = decode_image(path, size, crop).tobytes()
-            readable.append(True)
-        except UserError:
-            raise
-        except Exception:  # Pillow's decoders fail on broken files in many ways: OSError, SyntaxError, ValueError ...
-            readable.append(False)
-    written = 0
-    while written < len(pixels):
-        written += os.pwrite(descriptor, pixels[written:], start * n_bytes + written)
-    return readable
+            return decode_image(self.paths[i], self.size, self.crop)
+        except UserError as error:
+            return error
+        except Exception:  # Pillow fails on broken files in many ways
+            return None
 
 
-def _keep_images(descriptor: int, readable: list[bool], n_bytes: int) -> None:
-    """Closes the gaps that unreadable images left in the file."""
-    kept = [i for i, could_be_read in enumerate(readable) if could_be_read]
-    for place, i in enumerate(kept):
-        if place != i:
-            os.pwrite(descriptor, os.pread(descriptor, n_bytes, i * n_bytes), place * n_bytes)
-    os.ftruncate(descriptor, len(kept) * n_bytes)
+def start_worker(_number: int) -> None:
+    """Prepares a worker: Ctrl-C is the main process's, and Pillow's warnings are no news."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")
 
 
-def _build_array(target: Path, paths: list[str], size: int, crop: int | None, workers: int) -> None:
-    """Decodes the images with `workers` processes, which write their pixels, one after the other, to `target`."""
-    starts = range(0, len(paths), 64)
-    chunks = [paths[start : start + 64] for start in starts]
-    readable: list[bool] = []
-    # Forked workers start in milliseconds, and inherit the imports and the open file. They write to it themselves: the
-    # pixels would otherwise wait for the parent in a narrow pipe, and the workers with them.
-    pool = ProcessPoolExecutor(min(workers, len(chunks)), get_context("fork"), _start_decoding)
+def build_array(
+    target: Path, dataroot: Path, names: list[str], size: int, crop: int | None, workers: int
+) -> None:
+    """Decodes the images into `target`, a .npy file; a .json beside it names those that it skips.
+
+    Raises:
+        UserError: no image can be read, one is smaller than the crop, or there is no space.
+    """
+    images = Decoded([dataroot / name for name in names], size, crop)
+    loader = DataLoader(
+        images, 64, num_workers=workers, collate_fn=list, worker_init_fn=start_worker
+    )
+    decoded = (pixels for batch in loader for pixels in batch)
+    bar = tqdm(zip(names, decoded, strict=True), "decoding once", len(names), unit="img")
+    skipped = []
+
+    def write_header(file: BinaryIO, n: int) -> None:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)}
+        np.lib.format.write_array_header_1_0(file, header)
+
+    with atomic_write(target) as file:
+        write_header(file, len(names))
+        for name, pixels in bar:
+            if isinstance(pixels, UserError):
+                raise pixels
+            if pixels is None:
+                skipped.append(name)
+            else:
+                file.write(pixels.tobytes())
+        if len(skipped) == len(names):
+            raise UserError(f"none of the {len(names)} images in {dataroot} can be read")
+        # NumPy pads the header, so that one of fewer images has the same length.
+        file.seek(0)
+        write_header(file, len(names) - len(skipped))
+        write_json(target.with_suffix(".json"), {"skipped": skipped})
+
+
+def read_array(target: Path, size: int, n_files: int) -> tuple[np.ndarray, list[str]] | None:
+    """What `build_array` wrote: the array, memory-mapped, and the skipped names. None if damaged."""
     try:
-        with replacing(target) as file, tqdm(total=len(paths), unit="img", desc="decoding images once") as bar:
-            decode = partial(_decode_images, size=size, crop=crop, descriptor=file.fileno())
-            with signals_held():  # one between fork and bookkeeping would be lost, or leave a worker that nobody ends
-                results = pool.map(decode, starts, chunks)
-            for result in results:
-                readable += result
-                bar.update(len(result))
-            if not any(readable):
-                raise UserError(f"none of the {len(paths)} images can be read, the first being {paths[0]}")
-            if not all(readable):
-                _keep_images(file.fileno(), readable, size * size * 3)
-    except BrokenProcessPool:
-        raise UserError("a process that decoded images was killed (out of memory?); try fewer --workers") from None
-    finally:
-        pool.shutdown(cancel_futures=True)
-    unreadable = [path for path, could_be_read in zip(paths, readable, strict=True) if not could_be_read]
-    if unreadable:
-        names = ", ".join(unreadable[:10]) + (", ..." if len(unreadable) > 10 else "")
-        warn(f"skipped {len(unreadable)} of {len(paths)} images that cannot be read: {names}")
+        skipped = json.loads(target.with_suffix(".json").read_text())["skipped"]
+        array = np.load(target, mmap_mode="r") if target.is_file() else None
+        n_bytes = array.offset + array.nbytes
+    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
+        return None
+    whole = array.dtype == np.uint8 and array.shape == (n_files - len(skipped), size, size, 3)
+    return (array, skipped) if whole and target.stat().st_size == n_bytes else None
 
 
 def load_images(
-    dataroot: Path, dataset: str, size: int, workers: int, cache_dir: Path | None = None, build: bool = True
-) -> np.ndarray:
-    """All images of a folder as a read-only, memory-mapped uint8 array (N, size, size, 3), in order of their paths.
+    dataroot: Path,
+    dataset: str,
+    size: int,
+    crop: int | None = None,
+    workers: int = 1,
+    cache_dir: Path | None = None,
+) -> tuple[np.ndarray, str]:
+    """All images of a folder, decoded, in order of their paths, and a digest of their listing.
 
-    The array is built on first use and kept as a hidden file in `dataroot`, or in `cache_dir`, or, where neither is
-    given nor writable, in the user's cache folder. Its name has a digest of all that made it: names, sizes and times of
-    the files, crop and size. Any number of processes may ask for it at once.
+    The array, uint8 (N, size, size, 3), is built on first use and mapped into memory ever after. It
+    is a hidden file in `dataroot`, or in `cache_dir`, or, if `dataroot` cannot be written, in the
+    user's cache folder. Its name has a digest of names, sizes and times of the files, so that it is
+    built anew when they change. Any number of processes may ask for it at once.
 
     Args:
-        dataset: `celebA` cuts out the central 140 pixels; `folder` the largest central square.
+        dataset: `celebA` takes the central 140 pixels, `folder` the largest central square.
+        crop: takes so many central pixels in place of that.
         workers: processes that decode.
-        build: whether to build the array where it is missing, or to wait until another process has.
 
     Raises:
-        UserError: no images, none readable, one smaller than the crop, no space.
+        UserError: no image, none that can be read, one smaller than the crop, or no space.
     """
-    images = find_images(dataroot)
-    crop = CELEBA_CROP if dataset == "celebA" else None
-    prefix = f".wae_{dataset}_{size}_"
+    files = find_images(dataroot)
+    names = [file.name for file in files]
+    crop = crop or (CELEBA_CROP if dataset == "celebA" else None)
     if cache_dir is None and not os.access(dataroot, os.W_OK):
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wae"
-    if cache_dir is not None:  # may serve several data sets
-        prefix += hashlib.sha256(str(dataroot.resolve()).encode()).hexdigest()[:12] + "_"
-    folder = make_folder(cache_dir) if cache_dir else dataroot
+        try:
+            cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wae"
+        except RuntimeError:
+            raise UserError(f"{dataroot} cannot be written: name a --cache_dir") from None
+    folder = make_folder(cache_dir or dataroot)
+    prefix = f".wae_{size}_{crop}_{digest(dataroot.resolve()) if cache_dir else 'here'}_"
+    target = folder / f"{prefix}{digest(*files)}.npy"
 
-    start = len(f"{dataroot}/")  # the paths inside it count: a folder that is moved keeps its array
-    listing = "".join([f"{path[start:]}\0{n_bytes}\0{time_ns}\n" for path, n_bytes, time_ns in images])
-    digest = hashlib.sha256(os.fsencode(f"bilinear {size} {crop}\n{listing}"))
-    target = folder / f"{prefix}{digest.hexdigest()[:16]}.u8"
-    while not target.exists() and not build:
-        time.sleep(0.1)
-    if not target.exists():
-        _build_array(target, [path for path, _, _ in images], size, crop, workers)
-        _remove_left_overs(folder, f"{prefix}*.u8")
-        for outdated in folder.glob(f"{prefix}*.u8"):
-            if outdated != target:
-                outdated.unlink(missing_ok=True)
-    return np.memmap(target, np.uint8, "r").reshape(-1, size, size, 3)
+    def usable() -> tuple[np.ndarray, list[str]] | None:
+        found = read_array(target, size, len(files))
+        skipped = Decoded([dataroot / name for name in found[1]], size, crop) if found else []
+        # What could not be read before is tried again: a disk or a permission may be mended.
+        return found if all(skipped[i] is None for i in range(len(skipped))) else None
+
+    found = usable()
+    if found is None:
+        with lock_file(target.with_suffix(".lock")):
+            found = usable()
+            if found is None:
+                if target.exists():
+                    warn(f"{target} is damaged or out of date: the images are decoded again")
+                build_array(target, dataroot, names, size, crop, workers)
+                found = read_array(target, size, len(files))
+                for outdated in folder.glob(f"{prefix}*"):
+                    if outdated.stem != target.stem:
+                        outdated.unlink(missing_ok=True)
+    array, skipped = found
+    if skipped:
+        some = ", ".join(skipped[:10]) + (", ..." if len(skipped) > 10 else "")
+        warn(f"skipped {len(skipped)} of {len(names)} images that cannot be read: {some}")
+    # Times are left out: the same images may have been copied.
+    return array, digest(*((file.name, file.n_bytes) for file in files), *skipped)
 
 
 def default_n_test(n_images: int) -> int:
-    """Held-out images by default: a tenth, at most 19,962, which on CelebA is the official test partition."""
+    """Held-out images by default: a tenth, at most as many as CelebA's official test partition."""
     return max(2, min(n_images // 10, CELEBA_TEST_IMAGES))
 
 
-def epoch_order(n_images: int, seed: int, epoch: int) -> np.ndarray:
-    """The permutation in which an epoch visits the images: a function of seed and epoch, whatever happened before."""
-    return np.random.default_rng([seed, epoch]).permutation(n_images)
-
-
-def put_on_device(images: np.ndarray, device: torch.device) -> np.ndarray | Tensor:
-    """The array on the GPU if it fits in half of the free memory there; otherwise, and on the CPU, as it is."""
+def put_on_device(images: np.ndarray, device: torch.device) -> Images:
+    """The array on the GPU if it fits in half of the free memory there; otherwise as it is."""
     if device.type != "cuda" or images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
         return images
     resident = torch.empty(images.shape, dtype=torch.uint8, device=device)
-    for i in range(0, len(images), 4096):  # piece by piece: the array may be larger than this machine's memory
+    for i in range(0, len(images), 4096):  # in pieces: it may be larger than this machine's memory
         resident[i : i + 4096] = torch.from_numpy(np.array(images[i : i + 4096]))
     return resident
 
 
-def batches(
-    images: np.ndarray | Tensor, indices: Iterable[np.ndarray], device: torch.device, ahead: int = 3
-) -> Iterator[Tensor]:
-    """Batches images[i] for each array of indices i, as uint8 (n, S, S, 3) on the device.
+def epoch_order(n_images: int, seed: int, epoch: int) -> np.ndarray:
+    """The permutation in which an epoch visits the images, a function of seed and epoch."""
+    return np.random.default_rng([seed, epoch]).permutation(n_images)
 
-    From memory-mapped images a thread gathers `ahead` batches in advance, into pinned memory when they go to a GPU.
+
+def batches(
+    images: Images, indices: Iterable[np.ndarray], device: torch.device, ahead: int = 3
+) -> Iterator[Tensor]:
+    """Batches images[i] for each array of indices i: uint8 (n, S, S, 3) on the device.
+
+    From memory-mapped images a thread gathers `ahead` batches in advance, into pinned memory when
+    they go to a GPU.
     """
     if isinstance(images, Tensor):
         for index in indices:
@@ -315,38 +400,38 @@ def batches(
         return batch.pin_memory() if device.type == "cuda" else batch
 
     with ThreadPoolExecutor(1) as thread:
-        queue: list[Future[Tensor]] = []
+        queue: deque = deque()
         try:
             for index in indices:
                 queue.append(thread.submit(gather, index))
                 if len(queue) > ahead:
-                    yield queue.pop(0).result().to(device, non_blocking=True)
+                    yield queue.popleft().result().to(device, non_blocking=True)
             while queue:
-                yield queue.pop(0).result().to(device, non_blocking=True)
+                yield queue.popleft().result().to(device, non_blocking=True)
         finally:
             thread.shutdown(cancel_futures=True)
 
 
 def from_uint8(batch: Tensor, symmetric: bool) -> Tensor:
-    """Pixels (n, S, S, 3) of 0 to 255 as float32 (n, 3, S, S) in [0, 1] or, `symmetric`, in [-1, 1]; channels last."""
+    """Pixels (n, S, S, 3) as float32 (n, 3, S, S) in [0, 1] or, if `symmetric`, in [-1, 1]."""
     x = batch.permute(0, 3, 1, 2).float()
     return x.div_(127.5).sub_(1) if symmetric else x.div_(255)
 
 
-def to_unit(images: Tensor, symmetric: bool) -> Tensor:
-    """Images of a network, in [-1, 1] if `symmetric`, as float32 in [0, 1]."""
-    return images.float() / 2 + 0.5 if symmetric else images.float()
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Images (n, 3, S, S) in [0, 1] as pixels (n, S, S, 3)."""
+    return (images.clamp(0, 1) * 255 + 0.5).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Seeds, devices, processes, signals
+# --------------------------------------------------------------------------------------------------
+# Seeds and processes
 
 
 def set_seed(*key: int | str) -> None:
-    """Seeds PyTorch's generators, on every device, by a purpose and a place in the run: (seed, "noise", epoch, step).
+    """Seeds PyTorch's generators by a purpose and a place in the run: (seed, "noise", step).
 
-    The randomness of a step is thus a function of its place: a resumed run needs no stored generator state, and what
-    happens in between, such as an evaluation, does not change it.
+    The randomness of a step is a function of its place, so a resumed run needs no generator state,
+    and an evaluation in between changes nothing.
     """
     torch.manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
 
@@ -356,18 +441,12 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def draw_seed() -> int:
-    """A seed for a run that was given none."""
-    return random.SystemRandom().randrange(2**31)
-
-
 @dataclass(frozen=True)
 class World:
     """This process among those that train together, and its device."""
 
     rank: int
     size: int
-    local_rank: int  # among those of this machine
     device: torch.device
 
     @property
@@ -376,347 +455,395 @@ class World:
         return self.rank == 0
 
 
+def started_by_torchrun() -> bool:
+    """Whether the environment has all that torchrun sets; a part of it may be another program's."""
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    return names <= os.environ.keys()
+
+
 def join_world(cuda: bool, gpu_id: int) -> World:
-    """Picks the device, and joins the other processes if torchrun started this one (NCCL on GPUs, gloo elsewhere).
+    """Picks the device, and joins the other processes (by NCCL on GPUs, by gloo on CPUs).
 
     Raises:
         UsageError: no GPU, or not the one asked for.
     """
-    if "LOCAL_RANK" not in os.environ:
-        return World(0, 1, 0, pick_device(cuda, gpu_id))
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = pick_device(cuda, local_rank)
+    if not started_by_torchrun():
+        return World(0, 1, pick_device(cuda, gpu_id))
+    device = pick_device(cuda, int(os.environ["LOCAL_RANK"]))
+    end_with_parent()
     dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    return World(dist.get_rank(), dist.get_world_size(), device)
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that launched it ends, even by SIGKILL."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def wait_for_torchrun() -> None:
+    """Gives torchrun time to end this process, if another one has failed before and said why."""
+    if started_by_torchrun():
+        time.sleep(10)
 
 
 def leave_world() -> None:
-    """Parts from the other processes, if there are any."""
+    """Leaves the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def pick_device(cuda: bool, gpu_id: int) -> torch.device:
-    """The CPU, or the GPU of that number. Raises UsageError, saying what there is, when it is not there."""
+    """The CPU, or the GPU of that number. Raises UsageError if it is not there."""
     if not cuda:
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
-        raise UsageError("--cuda: PyTorch finds no CUDA GPU here; without the flag, training runs on the CPU")
+        raise UsageError("--cuda: PyTorch finds no CUDA GPU; leave it out to train on the CPU")
     if gpu_id >= count:
-        raise UsageError(f"--gpu_id={gpu_id}: there are {count} GPUs here, numbered from 0 to {count - 1}")
+        raise UsageError(f"--gpu_id={gpu_id}: the {count} GPUs here are 0 to {count - 1}")
     device = torch.device("cuda", gpu_id)
     torch.cuda.set_device(device)
     return device
 
 
-@contextlib.contextmanager
-def evaluating(network: torch.nn.Module) -> Iterator[None]:
-    """Puts a network into evaluation mode for a while."""
-    before = network.training
-    network.eval()
-    try:
-        yield
-    finally:
-        network.train(before)
+class Gather(torch.autograd.Function):
+    """The rows of all processes in rank order, (n, ...) to (size n, ...), with gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient)
+        return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def from_main(value: int, world: World) -> int:
-    """The main process's value, in every process."""
-    shared = torch.tensor(value, device=world.device)
-    if world.size > 1:
-        dist.broadcast(shared, 0)
-    return int(shared)
-
-
-def wait_for_all(world: World) -> None:
-    """Holds each process until all have come here."""
-    if world.size > 1:
-        dist.barrier()
-
-
-def gather_with_gradient(x: Tensor, world: World) -> Tensor:
-    """The rows of all processes, in rank order: (n, ...) to (size n, ...), differentiable."""
-    return torch.cat(torch.distributed.nn.functional.all_gather(x)) if world.size > 1 else x
+def gather(x: Tensor, world: World) -> Tensor:
+    """The rows of all processes, differentiable; x itself if there is only one process."""
+    return Gather.apply(x) if world.size > 1 else x
 
 
 def average(values: Tensor, world: World) -> Tensor:
     """The mean over processes, for reporting."""
     values = values / world.size
     if world.size > 1:
-        dist.all_reduce(values)  # in place, and so not on the caller's own
+        dist.all_reduce(values)
     return values
 
 
-def let_others_speak(unless_main: bool = False) -> None:
-    """To call in a process that has failed: time for torchrun to end it, if another failed before and said why."""
-    if int(os.environ.get("RANK", 0)) > 0 or ("RANK" in os.environ and not unless_main):
-        time.sleep(10)  # an interpreter that has loaded PyTorch may take seconds to end
-
-
 @contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Holds SIGINT and SIGTERM back until the block ends."""
-    held: list[int] = []
-    before = {s: signal.signal(s, lambda number, _: held.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+def eval_mode(network: nn.Module) -> Iterator[None]:
+    """Puts a network into evaluation mode for a while, without gradients."""
+    before = network.training
+    network.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)
-        for number in held[:1]:
-            signal.raise_signal(number)
+        network.train(before)
 
 
-class StopRequest:
-    """Within this context the first SIGINT or SIGTERM is only noted, and a second SIGINT interrupts at once."""
+# --------------------------------------------------------------------------------------------------
+# Signals and messages
+
+
+def exit_at_once(signum: int, _frame: object) -> None:
+    """Ends the program, as a signal handler. No file is half-written, so nothing is cleaned up."""
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"\nmain.py: interrupted\n")
+    os._exit(128 + signum)
+
+
+class Stop:
+    """Notes the first SIGINT or SIGTERM, so that a step can end with a checkpoint.
+
+    A second signal ends the program at once; not so under torchrun, which passes on what a terminal
+    sends to all processes anyway.
+    """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signum = 0
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.note)
 
-    def __enter__(self) -> "StopRequest":
-        self._before = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
+    def note(self, signum: int, _frame: object) -> None:
+        self.signum = self.signum or signum
+        if not started_by_torchrun():
+            self.close()
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nmain.py: stopping after this step; Ctrl-C again stops at once\n")
 
-    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        for s, handler in self._before.items():
-            signal.signal(s, handler)
-        if self.signal is not None and dist.is_initialized() and error and issubclass(error, RuntimeError):
-            signal.raise_signal(self.signal)  # this step cannot end: another process is gone, hence the signal
+    def close(self) -> None:
+        """Lets the next signal end the program."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, exit_at_once)
 
-    def _note(self, number: int, _frame: object) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-        if "RANK" not in os.environ:
-            warn("stopping after this step; Ctrl-C again stops at once")
-        elif os.environ["RANK"] == "0":
-            warn("stopping soon")
-
-    def agreed(self, world: World) -> int | None:
-        """The signal that any of the processes got, known to all of them; to be called by all at the same step."""
+    def agreed(self, world: World) -> int:
+        """The signal that any process got, or 0; all processes call this at the same step."""
         if world.size == 1:
-            return self.signal
-        number = torch.tensor(self.signal or 0, device=world.device)
-        dist.all_reduce(number, dist.ReduceOp.MAX)
-        return int(number) or None
+            return self.signum
+        signum = torch.tensor(self.signum, device=world.device)
+        dist.all_reduce(signum, dist.ReduceOp.MAX)
+        return int(signum)
+
+
+class Output:
+    """A text stream that drops what it cannot write: a closed pipe must not end a training."""
+
+    def __init__(self, stream: TextIO | None):
+        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+        self.stream.reconfigure(errors="backslashreplace", line_buffering=True)
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 def warn(message: str) -> None:
-    """A line on standard error, clear of any progress bar."""
-    tqdm.write(f"main.py: {message}", file=sys.stderr)
+    """Prints a line to standard error, clear of the progress bar, in the main process."""
+    if os.environ.get("RANK", "0") == "0":
+        tqdm.write(f"main.py: {message}", file=sys.stderr)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Replaces `path` by the state, whole or not at all. Raises UserError if it cannot be written."""
-    with replacing(path) as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError | KeyboardInterrupt | SystemExit):
-                raise error.__context__ from None  # a full disk or a signal, which torch.save covers with its own words
-            raise UserError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+    """Replaces `path` by the state. Raises UserError if it cannot be written."""
+    content = io.BytesIO()
+    torch.save(state, content)
+    with atomic_write(path) as file:
+        file.write(content.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Reads a checkpoint to the CPU; tensors and plain values only, so that nothing in the file is ever executed.
+    """Reads a checkpoint to the CPU: tensors and plain values only, so that no code is executed.
 
     Raises:
         UserError: no such file, or not a checkpoint.
     """
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what a strange file makes torch.load wonder about
+            warnings.simplefilter("ignore")  # torch.load warns about files that it does not know
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"--checkpoint={path}: no such file") from None
+        sound = all(isinstance(state[name], kind) for name, kind in CHECKPOINT_KINDS.items())
     except OSError as error:
-        raise UserError(f"--checkpoint={path}: cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a broken or hostile file makes torch.load and pickle fail in many ways
-        raise UserError(
-            f"--checkpoint={path}: not a whole checkpoint of this program ({type(error).__name__})"
-        ) from error
-    if not isinstance(state, dict) or not isinstance(state.get("flags"), dict):
-        raise UserError(f"--checkpoint={path}: not a checkpoint of this program")
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except Exception as error:  # torch.load and pickle fail on broken files in many ways
+        name = type(error).__name__
+        raise UserError(f"{path}: not a whole checkpoint of this program ({name})") from error
+    if not sound or state["step"] < 0:
+        raise UserError(f"{path}: not a checkpoint of this program")
     return state
 
 
 def load_adam(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Takes over the moments in an Adam's state; its settings stay. Raises ValueError if they are of other weights."""
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state["state"]})
-    for weight, moments in optimizer.state.items():
-        expected = {"step": (), "exp_avg": weight.shape, "exp_avg_sq": weight.shape}
-        if {name: value.shape for name, value in moments.items()} != expected:
-            raise ValueError("moments of other weights")
+    """Copies the moments of an Adam; its settings stay. Raises ValueError if they do not fit."""
+    saved, mine = state["state"], optimizer.state_dict()
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    moments = {}
+    for i, weight in enumerate(weights):
+        moments[i] = {"step": torch.tensor(float(saved[i]["step"]))}
+        for name in ("exp_avg", "exp_avg_sq"):
+            if saved[i][name].shape != weight.shape:
+                raise ValueError(f"{name} of another shape")
+            # The fused Adam relies on the memory layout of the weight.
+            moments[i][name] = torch.empty_like(weight).copy_(saved[i][name])
+    optimizer.load_state_dict(mine | {"state": moments})
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def weights_are_sound(networks: Iterable[nn.Module]) -> bool:
+    """Whether all weights and statistics are finite and of a plausible size."""
+    tensors = [t for network in networks for t in network.state_dict().values()]
+    largest = torch.stack([t.abs().max().float() for t in tensors if t.is_floating_point()]).max()
+    return bool(largest < LARGEST_WEIGHT)  # not so for nan
+
+
+# --------------------------------------------------------------------------------------------------
 # The log
-
-
-def log_rows(text: str) -> list[dict[str, str]]:
-    """The rows of a log, by column; a column without a value has an empty string."""
-    return list(csv.DictReader(io.StringIO(text)))
 
 
 class Log:
     """`log.csv`, a row at a time, and the same numbers in TensorBoard if asked for.
 
-    `text`, all that was logged so far, goes into each checkpoint, and a resumed run starts from it: rows that an
-    interrupted run wrote after its last checkpoint are replaced, not repeated.
+    `text`, all that was logged so far, goes into each checkpoint. A resumed run starts from it, so
+    that rows written after the last checkpoint are replaced and not repeated.
     """
 
-    def __init__(self, folder: Path, columns: Sequence[str], text: str = "", tensorboard: bool = False):
-        self.path = folder / "log.csv"
-        self.columns = columns
-        self.text = text or ",".join(columns) + "\r\n"
-        with replacing(self.path) as file:
-            file.write(self.text.encode())
-        self._board = None
+    def __init__(
+        self,
+        folder: Path,
+        columns: Sequence[str],
+        text: str = "",
+        step: int = 0,
+        tensorboard: bool = False,
+    ):
+        self.path, self.columns = folder / "log.csv", columns
+        self.text = text or ",".join(columns) + "\n"
+        self.board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            steps = [int(row["step"]) for row in self.rows()]
-            self._board = SummaryWriter(str(folder), purge_step=steps[-1] + 1 if steps else None)
+            self.board = SummaryWriter(str(folder), purge_step=step + 1)
+        self.rewrite()
+
+    def rewrite(self) -> None:
+        """Replaces the file by the whole log."""
+        with atomic_write(self.path) as file:
+            file.write(self.text.encode())
 
     def add(self, **values: float) -> None:
         """Appends a row; columns without a value stay empty."""
         line = io.StringIO()
-        csv.DictWriter(line, self.columns).writerow(
+        csv.DictWriter(line, self.columns, lineterminator="\n").writerow(
             {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
         )
         self.text += line.getvalue()
         try:
-            with open(self.path, "a", newline="") as file:
+            with open(self.path, "a") as file:
                 file.write(line.getvalue())
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
         for name, value in values.items():
-            if self._board and name not in ("epoch", "step"):
-                self._board.add_scalar(name, value, values["step"])
+            if self.board and name not in ("epoch", "step"):
+                self.board.add_scalar(name, value, values["step"])
 
     def add_picture(self, name: str, picture: Image.Image, step: int) -> None:
         """Shows a picture in TensorBoard."""
-        if self._board:
-            self._board.add_image(name, np.asarray(picture), step, dataformats="HWC")
-
-    def rows(self) -> list[dict[str, str]]:
-        """All rows so far."""
-        return log_rows(self.text)
+        if self.board:
+            self.board.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flushes TensorBoard's file."""
-        if self._board:
-            self._board.close()
+        """Leaves a whole `log.csv`, whatever happened to it, and flushes TensorBoard's file."""
+        self.rewrite()
+        if self.board:
+            self.board.close()
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
     """A picture of images (N, 3, S, S) in [0, 1], row by row."""
-    canvas = make_grid(images.cpu().clamp(0, 1), nrow=columns, padding=2, pad_value=1)
-    return Image.fromarray((canvas * 255 + 0.5).byte().permute(1, 2, 0).numpy())
+    canvas = make_grid(images.clamp(0, 1), nrow=columns, padding=2, pad_value=1)
+    return Image.fromarray(to_uint8(canvas[None])[0])
 
 
-def alternate_rows(above: Tensor, below: Tensor, columns: int) -> Tensor:
-    """Images (N, ...) and (N, ...) ordered such that a grid of so many columns has each `above` over its `below`."""
-    pairs = zip(above.split(columns), below.split(columns), strict=True)
-    return torch.cat([row for pair in pairs for row in pair])
+def interleave(above: Tensor, below: Tensor, columns: int) -> Tensor:
+    """Images in rows of so many columns: each row of `above` over its row of `below`."""
+    rows = zip(above.split(columns), below.split(columns), strict=True)
+    return torch.cat([row for pair in rows for row in pair])
 
 
 def save_picture(path: Path, picture: Image.Image) -> None:
     """Replaces `path` by the picture as PNG."""
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         picture.save(file, "PNG")
 
 
-def save_each(folder: Path, images: Iterator[Tensor]) -> None:
-    """Replaces the folder by one of a file an image, `00000.png` and on, of batches (n, 3, S, S) in [0, 1]."""
-    aside = folder.with_name(f".{folder.name}.tmp")
-    try:
-        if aside.exists():
-            shutil.rmtree(aside)
-        aside.mkdir(parents=True)
-        number = 0
-        for batch in images:
-            for pixels in (batch.clamp(0, 1) * 255 + 0.5).byte().permute(0, 2, 3, 1).cpu().numpy():
-                Image.fromarray(pixels).save(aside / f"{number:05d}.png")
-                number += 1
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write the images of {folder}: {error.strerror or error}") from error
+class ImageWriter:
+    """Writes images to `folder`, as 00000.png and on; `close` puts them in place of the old ones."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.count = folder, 0
+        self.new, self.old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
+        shutil.rmtree(self.new, ignore_errors=True)
+        make_folder(self.new)
+
+    def add(self, images: Tensor) -> None:
+        """Writes images (n, 3, S, S) in [0, 1]."""
+        for pixels in to_uint8(images):
+            path = self.new / f"{self.count:05d}.png"
+            try:
+                Image.fromarray(pixels).save(path)
+            except OSError as error:
+                raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+            self.count += 1
+
+    def close(self) -> None:
+        """Replaces the folder; at every moment the old or the new images are there, whole."""
+        shutil.rmtree(self.old, ignore_errors=True)
+        if self.folder.exists():
+            self.folder.rename(self.old)
+        self.new.rename(self.folder)
+        shutil.rmtree(self.old, ignore_errors=True)
 
 
-INK, BLUE, ORANGE, PALE = (40, 40, 40), (31, 119, 180), (255, 127, 14), (225, 225, 225)
+def scatter(first: np.ndarray, second: np.ndarray) -> Image.Image:
+    """Two clouds of points in the plane, (N, 2) each: orange, and blue on top of it."""
+    side, reach = 300, np.abs(np.concatenate([first, second])).max() + 1e-9
+    canvas = np.full((side, side, 3), 255, np.uint8)
+    canvas[side // 2], canvas[:, side // 2] = 225, 225  # the axes
+    for points, colour in ((first, (255, 127, 14)), (second, (31, 119, 180))):
+        x, y = (np.round((points / reach * [1, -1] + 1) / 2 * (side - 1)).astype(int)).T
+        canvas[y, x] = colour
+    return Image.fromarray(canvas).resize((2 * side, 2 * side), Image.Resampling.NEAREST)
 
 
-def scatter(first: np.ndarray, second: np.ndarray, names: tuple[str, str], axes: tuple[str, str]) -> Image.Image:
-    """A square picture of two clouds of points in the plane, (N, 2) and (M, 2); the second is drawn on top."""
-    side, margin, scale = 600, 40, 2  # drawn twice as large and reduced, for smooth edges
-    picture = Image.new("RGB", (side * scale, side * scale), "white")
-    draw = ImageDraw.Draw(picture)
-    reach = max(float(np.quantile(np.abs(np.concatenate([first, second])), 0.999)) * 1.1, 1e-6)
-
-    def place(points: np.ndarray) -> np.ndarray:
-        return (side / 2 + points * [1, -1] / reach * (side / 2 - margin)) * scale
-
-    x0, y0 = place(np.zeros(2))
-    draw.line([(0, y0), (side * scale, y0)], PALE, scale)
-    draw.line([(x0, 0), (x0, side * scale)], PALE, scale)
-    for points, colour in ((first, ORANGE), (second, BLUE)):
-        for x, y in place(points):
-            draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
-    picture = picture.resize((side, side), Image.Resampling.LANCZOS)
-    draw = ImageDraw.Draw(picture)
-    draw.text((10, 8), names[0], ORANGE)
-    draw.text((10, 24), names[1], BLUE)
-    draw.text((side - 10, side / 2 + 4), axes[0], INK, anchor="ra")
-    draw.text((side / 2 + 6, 8), f"{axes[1]}   (edge: {reach:.2g})", INK)
-    return picture
-
-
-def curves(panels: dict[str, tuple[list[float], list[float]]]) -> Image.Image:
-    """A picture of one curve a panel, one below the other: name to (steps, values)."""
-    width, height, left, scale = 800, 180, 90, 2
-    picture = Image.new("RGB", (width * scale, height * len(panels) * scale), "white")
-    labels = []
-    for row, (name, (steps, values)) in enumerate(panels.items()):
-        top, bottom = row * height + 30, (row + 1) * height - 20
-        low, high = min(values), max(values)
-        across = np.interp(steps, [steps[0], max(steps[-1], steps[0] + 1)], [left, width - 15])
-        down = np.interp(values, [low, max(high, low + 1e-12)], [bottom, top])
-        points = [(x * scale, y * scale) for x, y in zip(across, down, strict=True)]
-        draw = ImageDraw.Draw(picture)
-        draw.rectangle([left * scale, top * scale, (width - 15) * scale, bottom * scale], outline=PALE, width=scale)
-        draw.line(points, BLUE, 2 * scale, joint="curve")
-        labels += [((left, top - 18), name, "la"), ((left - 8, top), f"{high:.3g}", "ra")]
-        labels += [
-            ((left - 8, bottom - 10), f"{low:.3g}", "ra"),
-            ((width - 15, bottom + 4), f"step {steps[-1]:g}", "ra"),
-        ]
-    picture = picture.resize((width, height * len(panels)), Image.Resampling.LANCZOS)
-    for place, text, anchor in labels:
-        ImageDraw.Draw(picture).text(place, text, INK, anchor=anchor)
-    return picture
-
-
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Metrics
 
 
 def sharpness(images: Tensor) -> Tensor:
-    """Variance of each image after a Laplace filter on its grey values, for images (N, 3, S, S) in [0, 1], as (N,).
+    """Variance of each image after a Laplace filter, for images (N, 3, S, S) in [0, 1], as (N,).
 
-    The paper's measure of blur (section 5): a blurred image has weak edges, and so a small variance.
+    The paper's measure of blur (section 4), on grey values: a blurred image has weak edges.
     """
-    weights = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
-    laplace = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=images.device).view(1, 1, 3, 3)
-    return F.conv2d((images * weights).sum(1, keepdim=True), laplace).flatten(1).var(1, correction=0)
+    grey = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
+    laplace = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=images.device)
+    filtered = F.conv2d((images * grey).sum(1, keepdim=True), laplace.view(1, 1, 3, 3))
+    return filtered.flatten(1).var(1, correction=0)
+
+
+class Inception:
+    """The network of the Frechet inception distance, by the optional package pytorch-fid.
+
+    Raises:
+        UserError: the package is not installed, or its weights cannot be downloaded.
+    """
+
+    def __init__(self, device: torch.device):
+        try:
+            from pytorch_fid.fid_score import calculate_frechet_distance
+            from pytorch_fid.inception import InceptionV3
+        except ImportError:
+            raise UsageError("--fid needs pytorch-fid: pip install pytorch-fid") from None
+        self.distance, self.device = calculate_frechet_distance, device
+        try:
+            self.network = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).to(device).eval()
+        except (OSError, RuntimeError) as error:
+            raise UserError(f"--fid: no weights of the Inception network: {error}") from error
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> np.ndarray:
+        """Features (n, 2048) of images (n, 3, S, S) in [0, 1], seen as the PNG files have them."""
+        pixels = torch.from_numpy(to_uint8(images)).to(self.device)
+        return self.network(from_uint8(pixels, False))[0].flatten(1).cpu().numpy()
+
+    def fid(self, a: np.ndarray, b: np.ndarray) -> float:
+        """The distance between two sets of features, (N, 2048) and (M, 2048)."""
+        moments = [m for f in (a, b) for m in (f.mean(0), np.cov(f, rowvar=False))]
+        return float(self.distance(*moments))
