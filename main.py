@@ -50,6 +50,7 @@ COLUMNS = ("epoch", "step", *LOSSES, "lr", "images_per_s", *METRICS)
 
 PAPER_EPOCHS = 55  # the length of run that the paper's schedule of learning rates is made for
 BATCH_NORM_BATCHES = 100  # that batch norm is re-estimated from at an epoch's end
+DIVERGED = "the last checkpoint is intact; try a lower --lr"
 MIXTURE = 10  # Gaussians in the mixture that is fitted to the codes (Ghosh et al., ICLR 2020)
 
 MODE_DEFAULTS = {
@@ -496,7 +497,7 @@ def learning_rate_factor(epoch: int, schedule: str, niter: int) -> float:
     return 0.5 if epoch < 50 else 0.1 if epoch < 100 else 0.01
 
 
-def schedule(n_images: int, steps: range, flags: argparse.Namespace, world: World) -> Iterator:
+def batch_indices(n_images: int, steps: range, flags: argparse.Namespace, world: World) -> Iterator:
     """The indices of this process's images in each step, a function of seed and step.
 
     An epoch leaves out the images of its permutation that do not fill a batch.
@@ -515,9 +516,7 @@ def check_finite(values: Tensor, first_step: int, names: Iterable[str]) -> None:
     for step, row in enumerate(values.tolist(), first_step):
         for name, value in zip(names, row, strict=True):
             if not math.isfinite(value):
-                raise UserError(
-                    f"{name} is {value} at step {step}; the last checkpoint is intact; try a lower --lr"
-                )
+                raise UserError(f"{name} is {value} at step {step}; {DIVERGED}")
 
 
 def train(run: Run, images: Images, test: Images, data: dict, checkpoint: dict | None) -> int:
@@ -538,7 +537,7 @@ def train(run: Run, images: Images, test: Images, data: dict, checkpoint: dict |
     run.wrap()
 
     stop, stopping, losses, clock = utils.Stop(), 0, [], time.perf_counter()
-    indices = schedule(len(images), range(start, end), flags, world)
+    indices = batch_indices(len(images), range(start, end), flags, world)
     batches = utils.batches(images, indices, world.device)
     bar = tqdm(batches, initial=start, total=end, unit="step", disable=not world.is_main)
     for step, batch in enumerate(bar, start):
@@ -617,9 +616,7 @@ def start_log(run: Run, images: Images, text: str, step: int) -> utils.Log:
 def save(run: Run, step: int, best: float, log: utils.Log, data: dict, name: str) -> None:
     """Writes all that is needed to continue. Raises UserError if the weights are not finite."""
     if not utils.weights_are_sound(run.networks.values()):
-        raise UserError(
-            f"the weights are not finite at step {step}; the last checkpoint is intact; try a lower --lr"
-        )
+        raise UserError(f"the weights are not finite at step {step}; {DIVERGED}")
     flags = {k: v for k, v in vars(run.flags).items() if k not in PER_COMMAND}
     flags["dataroot"] = str(run.flags.dataroot.resolve())  # it may continue from another folder
     flags["cache_dir"] = run.flags.cache_dir and str(run.flags.cache_dir.resolve())
@@ -659,10 +656,10 @@ def encode_all(run: Run, images: Images) -> Iterator[tuple[Tensor, Tensor, Tenso
 def test_metrics(run: Run, images: Images) -> tuple[dict[str, float], Tensor]:
     """Metrics of held-out images, and their codes (N, nz).
 
-    test_mse is the mean squared error of reconstructions, for pixels in [0, 1]. test_mmd and test_w2
-    are distances of the codes from the prior, see `model.mmd_to_prior` and `model.gaussian_w2`. The
-    eigenvalues are the smallest and largest of the codes' covariance. noise_variance is the mean
-    variance of a Gaussian encoder.
+    test_mse is the mean squared error of reconstructions, for pixels in [0, 1]. test_mmd and
+    test_w2 are distances of the codes from the prior: `model.mmd_to_prior`, `model.gaussian_w2`.
+    The eigenvalues are the extreme ones of the codes' covariance. noise_variance is the mean
+    variance that a Gaussian encoder gives.
     """
     errors, codes, variances = [], [], []
     for batch, code, log_variance in encode_all(run, images):
@@ -686,7 +683,7 @@ def test_metrics(run: Run, images: Images) -> tuple[dict[str, float], Tensor]:
 
 
 def sample_grids(run: Run, images: Images) -> dict[str, Any]:
-    """Pictures: samples from always the same codes; reconstructions and paths of held-out images."""
+    """Pictures of samples, from always the same codes, and of held-out images and paths."""
     utils.set_seed(run.flags.seed, "pictures")
     samples = run.decode(run.sample_prior(64))
     indices = np.linspace(0, len(images) - 1, 32).astype(int)
@@ -806,7 +803,7 @@ def execute(argv: list[str]) -> int:
         check_data(flags, data, checkpoint)
         step = checkpoint["step"]
     utils.make_folder(flags.outf)
-    lock = utils.lock_folder(flags.outf) if world.is_main else None
+    lock = utils.lock(flags.outf / ".lock", wait=False) if world.is_main else None
     if not flags.evaluate and is_complete(flags, step, end):
         print(f"the run in {flags.outf} is complete; a larger --niter continues it")
         return 0

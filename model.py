@@ -63,13 +63,7 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self,
-        image_size: int = 64,
-        nz: int = 64,
-        nf: int = 128,
-        arch: str = "dcgan",
-        noise: str = "deterministic",
-        symmetric: bool = False,
+        self, image_size: int, nz: int, nf: int, arch: str, noise: str, symmetric: bool = False
     ):
         super().__init__()
         self.noise = noise
@@ -109,14 +103,7 @@ class Decoder(nn.Module):
     the image. `paper` starts from 8x8, doubles by 5x5 ones and ends with one of stride 1.
     """
 
-    def __init__(
-        self,
-        image_size: int = 64,
-        nz: int = 64,
-        nf: int = 128,
-        arch: str = "dcgan",
-        symmetric: bool = False,
-    ):
+    def __init__(self, image_size: int, nz: int, nf: int, arch: str, symmetric: bool = False):
         super().__init__()
         widths = stage_widths(image_size, nf)[::-1]
         if arch == "dcgan":
@@ -142,20 +129,14 @@ class AutoEncoder(nn.Module):
     """Encoder and decoder, which train together. Args as for `Encoder`."""
 
     def __init__(
-        self,
-        image_size: int = 64,
-        nz: int = 64,
-        nf: int = 128,
-        arch: str = "dcgan",
-        noise: str = "deterministic",
-        symmetric: bool = False,
+        self, image_size: int, nz: int, nf: int, arch: str, noise: str, symmetric: bool = False
     ):
         super().__init__()
         self.encoder = Encoder(image_size, nz, nf, arch, noise, symmetric)
         self.decoder = Decoder(image_size, nz, nf, arch, symmetric)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Images (N, 3, S, S) to reconstructions, codes, and the moments that codes are drawn from."""
+        """Images (N, 3, S, S) to reconstructions, codes, and the moments of Q(Z|x)."""
         mean, log_variance = self.encoder(x)
         code = draw_code(mean, log_variance)
         return self.decoder(code).float(), code, mean, log_variance
@@ -165,8 +146,8 @@ class Discriminator(nn.Module):
     """D: the logit of 'this code is a draw of the prior', by layers nz -> 512 x 4 -> 1.
 
     With `pz_scale`, the prior's log density is added to the logit (as in the official CelebA
-    configuration, after Mescheder, Nowozin and Geiger, 2017). The best logit is log p(z) - log q(z),
-    and p is known, so only log q(z) is left to learn.
+    configuration, after Mescheder, Nowozin and Geiger, 2017). The best logit is
+    log p(z) - log q(z), and p is known, so only log q(z) is left to learn.
     """
 
     def __init__(self, nz: int = 64, width: int = 512, pz_scale: float | None = None):
@@ -340,7 +321,7 @@ def mmd_to_prior(codes: Tensor, pz_scale: float = 1.0) -> Tensor:
     n, nz = codes.shape
     variance = pz_scale**2
     # The trapezoidal rule in log t is exact here to about ten digits.
-    u = torch.linspace(-25, 4.5, 600, dtype=torch.float64, device=codes.device)
+    u = torch.linspace(-25, 4.5, 300, dtype=torch.float64, device=codes.device)
     weights = torch.exp(u - u.exp()) * (u[1] - u[0])
     norms = codes.double().square().sum(1)
     total = torch.zeros((), dtype=torch.float64, device=codes.device)
@@ -352,10 +333,9 @@ def mmd_to_prior(codes: Tensor, pz_scale: float = 1.0) -> Tensor:
             cross = shrink ** (-nz / 2) * torch.exp(-part[:, None] * s / shrink)
             total -= 2 * (cross @ weights).sum() / n
     for part in codes.split(max(1, BLOCK_ENTRIES // n)):
-        total += imq_kernel(squared_distances(part, codes), nz, pz_scale).double().sum() / (
-            n * (n - 1)
-        )
-    # The diagonal of the kernel matrix is as many ones as there are scales.
+        same = imq_kernel(squared_distances(part, codes), nz, pz_scale)
+        total += same.double().sum() / (n * (n - 1))
+    # On the diagonal of the kernel matrix each scale has ones.
     return total - len(IMQ_SCALES) / (n - 1)
 
 
@@ -364,7 +344,7 @@ def mmd_to_prior(codes: Tensor, pz_scale: float = 1.0) -> Tensor:
 
 
 def discriminator_loss(logits_prior: Tensor, logits_codes: Tensor) -> Tensor:
-    """-mean log D(z) - mean log(1 - D(z~)), for logits (N,) of prior draws and of codes; a scalar."""
+    """-mean log D(z) - mean log(1 - D(z~)), from logits (N,) of prior and codes; a scalar."""
     return F.softplus(-logits_prior).mean() + F.softplus(logits_codes).mean()
 
 
@@ -384,8 +364,8 @@ def gan_penalty(discriminator: nn.Module, codes: Tensor) -> Tensor:
 def kl_divergence(mean: Tensor, log_variance: Tensor, pz_scale: float = 1.0) -> Tensor:
     """KL(N(mean, variance) || P_Z) of each image's moments (N, nz), averaged; a scalar.
 
-    With the cost 0.05 |x - y|^2, the objective cost + LAMBDA KL is LAMBDA times the negative ELBO of
-    a decoder with Gaussian noise of variance 10 LAMBDA, for pixels in [-1, 1].
+    With the cost 0.05 |x - y|^2, the objective cost + LAMBDA KL is LAMBDA times the negative ELBO
+    of a decoder with Gaussian noise of variance 10 LAMBDA, for pixels in [-1, 1].
     """
     log_ratio = log_variance - 2 * math.log(pz_scale)
     terms = mean.square() / pz_scale**2 + log_ratio.exp() - 1 - log_ratio
@@ -423,16 +403,17 @@ def pretrain_floor(n: int, nz: int, pz_scale: float = 1.0) -> float:
 
 
 def covariance_eigenvalues(codes: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues (nz,) of the covariance of codes (N, nz), ascending, and eigenvectors (nz, nz)."""
+    """Ascending eigenvalues (nz,) and eigenvectors (nz, nz) of the covariance of codes (N, nz)."""
     values, vectors = torch.linalg.eigh(codes.double().T.cov())
     return values.clamp(min=0), vectors
 
 
 def gaussian_w2(codes: Tensor, pz_scale: float = 1.0) -> Tensor:
-    """Squared 2-Wasserstein distance of the Gaussian with the moments of codes (N, nz) to the prior.
+    """Squared 2-Wasserstein distance to the prior of the Gaussian with the moments of the codes.
 
-    |m|^2 + sum_i (sqrt(lambda_i) - pz_scale)^2, with the mean m and the eigenvalues lambda_i of the
-    covariance. It sees directions that the codes do not use, which an MMD hardly does.
+    For codes (N, nz) of mean m, whose covariance has the eigenvalues lambda_i, it is
+    |m|^2 + sum_i (sqrt(lambda_i) - pz_scale)^2. It sees directions that the codes do not use; an
+    MMD hardly does.
     """
     eigenvalues, _ = covariance_eigenvalues(codes)
     return codes.double().mean(0).square().sum() + (eigenvalues.sqrt() - pz_scale).square().sum()
@@ -441,18 +422,17 @@ def gaussian_w2(codes: Tensor, pz_scale: float = 1.0) -> Tensor:
 def fit_mixture(codes: Tensor, components: int, iterations: int = 100) -> MixtureSameFamily:
     """A mixture of Gaussians fitted to codes (N, nz) by EM, in float64.
 
-    One component is the Gaussian with the moments of the codes. To decode draws of such a density in
-    place of the prior is the ex-post density estimation of Ghosh et al., ICLR 2020. The eigenvalues
-    of each covariance are at least 1e-6 of the largest one of the codes, so that codes which span
-    only a part of the space can be fitted.
+    One component is the Gaussian with the moments of the codes. Draws of such a density, decoded,
+    are the ex-post density estimation of Ghosh et al., ICLR 2020. The eigenvalues of each
+    covariance are at least 1e-6 of the largest one of all codes, so that codes can be fitted that
+    span a part of the space only.
     """
     codes = codes.double()
     n, nz = codes.shape
     components = min(components, n)
-    centred = codes - codes.mean(0)
-    covariance = centred.T @ centred / n
-    largest = torch.linalg.eigvalsh(covariance)[-1]
-    jitter = (1e-6 * largest).clamp(min=1e-12) * torch.eye(nz).to(codes)
+    covariance = codes.T.cov(correction=0).reshape(nz, nz)
+    largest = torch.linalg.eigvalsh(covariance)[-1].clamp(min=1e-6)
+    jitter = 1e-6 * largest * torch.eye(nz).to(codes)
 
     weights = torch.full((components,), 1 / components).to(codes)
     means = codes[torch.randperm(n, device=codes.device)[:components]]
@@ -466,12 +446,9 @@ def fit_mixture(codes: Tensor, components: int, iterations: int = 100) -> Mixtur
         # M step: the moments of the codes under these weights.
         mass = responsibility.sum(0).clamp(min=1e-12)
         weights, means = mass / n, responsibility.T @ codes / mass[:, None]
-        covariances = torch.stack(
-            [
-                (r[:, None] * (codes - m)).T @ (codes - m) / s + jitter
-                for r, m, s in zip(responsibility.T, means, mass, strict=True)
-            ]
-        )
+        centred = (codes - m for m in means)
+        weighted = zip(responsibility.T, centred, mass, strict=True)
+        covariances = torch.stack([(r[:, None] * c).T @ c / s + jitter for r, c, s in weighted])
         previous, likelihood = likelihood, log_p.logsumexp(1).mean().item()
         if likelihood - previous < 1e-3:
             break

@@ -93,35 +93,28 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def lock_file(path: Path) -> Iterator[None]:
-    """Waits until no other process is in this block with the same file."""
-    try:
-        file = open(path, "w")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
-    with file:
-        with contextlib.suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+def lock(path: Path, wait: bool) -> TextIO:
+    """Locks a file until it is closed or the process ends, however it ends.
 
-
-def lock_folder(folder: Path) -> TextIO:
-    """Locks the folder until the returned file is closed or the process ends, however it ends.
+    Args:
+        wait: whether to wait for another process that has the lock.
 
     Raises:
-        UserError: another process has the lock, or the folder cannot be written.
+        UserError: another process has the lock, or the file cannot be written.
     """
     try:
-        file = open(folder / ".lock", "a+")  # noqa: SIM115
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        file.truncate(0)
-        print(os.getpid(), file=file, flush=True)
+        file = open(path, "a+")  # noqa: SIM115
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise UserError(f"{folder} is in use by process {file.read().strip()}") from None
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror}") from error
+        raise UserError(f"{path.parent} is in use by process {file.read().strip()}") from None
+    except OSError:
+        return file  # some network file systems have no locks
+    file.truncate(0)
+    print(os.getpid(), file=file, flush=True)
     return file
 
 
@@ -135,22 +128,13 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 # Images: decoded once into one array on disk, which training maps into memory
 
 
-@dataclass(frozen=True)
-class ImageFile:
-    """An image file, by its path in the data set."""
-
-    name: str
-    n_bytes: int
-    time_ns: int
-
-
-def find_images(dataroot: Path) -> list[ImageFile]:
-    """The images that `ImageFolder` finds in `dataroot`, in order of their paths.
+def find_images(dataroot: Path) -> list[tuple[str, int, int]]:
+    """Path in `dataroot`, size and time of change of each image that `ImageFolder` finds, by path.
 
     Hidden files and folders are left out: they belong to other programs.
 
     Raises:
-        UserError: no such folder, no image in a folder inside it, or a folder that is reached twice.
+        UserError: no such folder, no image in a folder inside it, or a folder reached twice.
     """
     layout = f"images must lie in a folder inside it, as in {dataroot}/sub_directory/XXX.jpg"
     if not dataroot.is_dir():
@@ -164,7 +148,7 @@ def find_images(dataroot: Path) -> list[ImageFile]:
     names = [name for name in names if not name.startswith(".") and "/." not in name]
     if not names:
         raise UserError(f"--dataroot={dataroot}: no image in a folder inside it; {layout}")
-    return [image_file(dataroot, name) for name in names]
+    return [(name, *status(dataroot / name)) for name in names]
 
 
 def check_folders(dataroot: Path) -> None:
@@ -175,21 +159,21 @@ def check_folders(dataroot: Path) -> None:
         warn(f"skipped the folder {error.filename}: {error.strerror}")
 
     for folder, _, _ in os.walk(dataroot, followlinks=True, onerror=unreadable):
-        status = os.stat(folder)
-        first = seen.setdefault((status.st_dev, status.st_ino), folder)
+        found = os.stat(folder)
+        first = seen.setdefault((found.st_dev, found.st_ino), folder)
         if first != folder:
             raise UserError(
                 f"--dataroot={dataroot}: {folder} is {first} again, by a link; remove the link"
             )
 
 
-def image_file(dataroot: Path, name: str) -> ImageFile:
-    """Size and time of change of an image file; 0 for a link that leads nowhere."""
+def status(path: Path) -> tuple[int, int]:
+    """Size and time of change of a file; 0 for a link that leads nowhere."""
     try:
-        status = os.stat(dataroot / name)
+        found = os.stat(path)
+        return found.st_size, found.st_mtime_ns
     except OSError:
-        return ImageFile(name, 0, 0)
-    return ImageFile(name, status.st_size, status.st_mtime_ns)
+        return 0, 0
 
 
 def digest(*parts: Any) -> str:
@@ -290,7 +274,7 @@ def build_array(
 
 
 def read_array(target: Path, size: int, n_files: int) -> tuple[np.ndarray, list[str]] | None:
-    """What `build_array` wrote: the array, memory-mapped, and the skipped names. None if damaged."""
+    """What `build_array` wrote: the array, memory-mapped, and skipped names. None if damaged."""
     try:
         skipped = json.loads(target.with_suffix(".json").read_text())["skipped"]
         array = np.load(target, mmap_mode="r") if target.is_file() else None
@@ -325,7 +309,7 @@ def load_images(
         UserError: no image, none that can be read, one smaller than the crop, or no space.
     """
     files = find_images(dataroot)
-    names = [file.name for file in files]
+    names = [name for name, _, _ in files]
     crop = crop or (CELEBA_CROP if dataset == "celebA" else None)
     if cache_dir is None and not os.access(dataroot, os.W_OK):
         try:
@@ -344,7 +328,7 @@ def load_images(
 
     found = usable()
     if found is None:
-        with lock_file(target.with_suffix(".lock")):
+        with lock(target.with_suffix(".lock"), wait=True):
             found = usable()
             if found is None:
                 if target.exists():
@@ -359,7 +343,7 @@ def load_images(
         some = ", ".join(skipped[:10]) + (", ..." if len(skipped) > 10 else "")
         warn(f"skipped {len(skipped)} of {len(names)} images that cannot be read: {some}")
     # Times are left out: the same images may have been copied.
-    return array, digest(*((file.name, file.n_bytes) for file in files), *skipped)
+    return array, digest(*((name, n_bytes) for name, n_bytes, _ in files), *skipped)
 
 
 def default_n_test(n_images: int) -> int:
@@ -765,7 +749,7 @@ def save_picture(path: Path, picture: Image.Image) -> None:
 
 
 class ImageWriter:
-    """Writes images to `folder`, as 00000.png and on; `close` puts them in place of the old ones."""
+    """Writes images to `folder`, as 00000.png and on, in place of those in it."""
 
     def __init__(self, folder: Path):
         self.folder, self.count = folder, 0
