@@ -1,4 +1,4 @@
-"""Lets the tests import the program's files however pytest is started, and keeps each test to one core."""
+"""Lets the tests import the program's files, and keeps each test to one core."""
 
 import signal
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# A job that a script runs in the background ignores Ctrl-C, and so would every program that the tests start from one.
+# A job that a script runs in the background ignores Ctrl-C, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
@@ -27,7 +27,7 @@ def trained(tmp_path_factory, toy_faces):
     """The folders of two small runs of one epoch, by mode, with the seed 1. Not to be changed."""
     folders = {mode: tmp_path_factory.mktemp("trained") / mode for mode in ("gan", "mmd")}
     for mode, folder in folders.items():
-        flags = [f"--dataroot={toy_faces}", f"--mode={mode}", *TINY, "--niter=1", "--seed=1", f"--outf={folder}"]
-        program = run(folder.parent, *flags)
+        flags = [f"--dataroot={toy_faces}", f"--mode={mode}", *TINY, "--niter=1", "--seed=1"]
+        program = run(folder.parent, *flags, f"--outf={folder}")
         assert program.wait() == 0, program.err
     return folders

@@ -1,7 +1,8 @@
 """Runs main.py many times without paying for its imports each time.
 
-A server imports main.py, uses nothing of it, and forks for each command line. The fork runs `main.main()` as
-`python3 main.py ...` does, in a process of its own, with its own exit status, that can be signalled and killed.
+A server imports main.py, uses nothing of it, and forks for each command line. The fork runs
+`main.main()` as `python3 main.py ...` does, in a process of its own, with its own exit status, that
+can be signalled and killed.
 """
 
 import multiprocessing
@@ -16,10 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-TINY = ("--image_size=32", "--nf=2", "--nz=4", "--batch_size=8", "--n_test=6", "--print_every=1", "--n_samples=10")
+TINY = ("--image_size=32", "--nf=2", "--nz=4", "--batch_size=8", "--n_test=6", "--print_every=1")
+TINY += ("--n_samples=10",)
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["main", "pytest"])  # the children of a pytest import it: it is their main module
+CONTEXT.set_forkserver_preload(["main", "pytest"])  # pytest is the main module of its children
 
 
 def start(target: Callable[..., None], *args: object) -> multiprocessing.process.BaseProcess:
@@ -34,37 +36,39 @@ def start(target: Callable[..., None], *args: object) -> multiprocessing.process
     return process
 
 
-def _main(argv: list[str], folder: Path, uid: int | None, max_bytes: int | None, env: dict[str, str]) -> None:
-    """What a fork does."""
-    os.environ |= env
+def _main(argv: list[str], folder: Path, options: dict) -> None:
+    """Does what `python3 main.py ARGV` does, in a fork."""
+    os.environ |= options.get("env", {})
     for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    if max_bytes is not None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does: the write fails, the process lives
-        resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, max_bytes))
+        path = options.get(name, folder / name)
+        if path is None:  # as `>&-` does
+            os.close(number)
+            setattr(sys, name, None)
+        else:
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if "max_bytes" in options:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does: the write fails
+        resource.setrlimit(resource.RLIMIT_FSIZE, (options["max_bytes"],) * 2)
     import main
 
-    main.tqdm.set_lock(threading.RLock())  # tqdm's own is shared by processes, and what is killed never frees it
+    main.tqdm.set_lock(threading.RLock())  # tqdm's own is shared, and who is killed never frees it
     sys.argv = ["main.py", *argv]
-    if uid is not None:
-        os.setuid(uid)
+    if "uid" in options:
+        os.setuid(options["uid"])
     sys.exit(main.main())
 
 
 class Program:
-    """`python3 main.py ARGV`, started; what it prints goes to files in `folder`."""
+    """`python3 main.py ARGV`, started; what it prints goes to files in `folder`.
 
-    def __init__(
-        self,
-        folder: Path,
-        *argv: object,
-        uid: int | None = None,
-        max_bytes: int | None = None,
-        env: dict[str, str] | None = None,
-    ):
+    Options are `uid`, `env`, `max_bytes` (of a file, as on a full disk), and `stdout` and `stderr`:
+    where these go, or None for closed.
+    """
+
+    def __init__(self, folder: Path, *argv: object, **options: object):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        self.process = start(_main, [str(a) for a in argv], folder, uid, max_bytes, env or {})
+        self.process = start(_main, [str(a) for a in argv], folder, options)
 
     def kill(self, number: int) -> None:
         """Sends a signal; nothing happens if the process is over."""
@@ -106,10 +110,11 @@ class Program:
     def messages(self) -> list[str]:
         """The lines on standard error that are no progress bar."""
         lines = [line.split("\r")[-1] for line in self.err.splitlines()]
-        return [line for line in lines if line.strip() and "%|" not in line and "?img/s" not in line]
+        bars = ("%|", "?img/s", "0batch [")
+        return [line for line in lines if line.strip() and not any(bar in line for bar in bars)]
 
 
-def run(folder: Path, *argv: object, **options: int) -> Program:
+def run(folder: Path, *argv: object, **options: object) -> Program:
     """`python3 main.py ARGV`, ended."""
     program = Program(folder, *argv, **options)
     program.wait()
