@@ -404,7 +404,8 @@ def pretrain_floor(n: int, nz: int, pz_scale: float = 1.0) -> float:
 
 def covariance_eigenvalues(codes: Tensor) -> tuple[Tensor, Tensor]:
     """Ascending eigenvalues (nz,) and eigenvectors (nz, nz) of the covariance of codes (N, nz)."""
-    values, vectors = torch.linalg.eigh(codes.double().T.cov())
+    nz = codes.shape[1]
+    values, vectors = torch.linalg.eigh(codes.double().T.cov().reshape(nz, nz))
     return values.clamp(min=0), vectors
 
 

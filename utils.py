@@ -563,10 +563,12 @@ class Stop:
 
     def note(self, signum: int, _frame: object) -> None:
         self.signum = self.signum or signum
+        message = b"stopping soon"
         if not started_by_torchrun():
             self.close()
+            message = b"stopping after this step; Ctrl-C again stops at once"
         if os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nmain.py: stopping after this step; Ctrl-C again stops at once\n")
+            os.write(2, b"\nmain.py: %s\n" % message)
 
     def close(self) -> None:
         """Lets the next signal end the program."""
