@@ -79,9 +79,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise
 
 
 def make_folder(path: Path) -> Path:
@@ -110,7 +112,8 @@ def lock(path: Path, wait: bool) -> TextIO:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
-        raise UserError(f"{path.parent} is in use by process {file.read().strip()}") from None
+        owner = f"{path.parent} is in use by process {file.read().strip()}"
+        raise UserError(f"{owner}: wait for it, or choose another folder") from None
     except OSError:
         return file  # some network file systems have no locks
     file.truncate(0)
@@ -335,7 +338,7 @@ def load_images(
                     warn(f"{target} is damaged or out of date: the images are decoded again")
                 build_array(target, dataroot, names, size, crop, workers)
                 found = read_array(target, size, len(files))
-                for outdated in folder.glob(f"{prefix}*"):
+                for outdated in folder.glob(f"*{prefix}*"):
                     if outdated.stem != target.stem:
                         outdated.unlink(missing_ok=True)
     array, skipped = found
