@@ -75,7 +75,7 @@ class Program:
         if self.process.exitcode is None:
             os.kill(self.process.pid, number)
 
-    def wait(self, timeout: float = 300) -> int:
+    def wait(self, timeout: float = 100) -> int:
         """The exit status, or minus the signal that ended it."""
         self.process.join(timeout)
         if self.process.exitcode is None:
@@ -83,7 +83,7 @@ class Program:
             raise TimeoutError(f"main.py still runs after {timeout} s:\n{self.err}")
         return self.process.exitcode
 
-    def wait_until(self, happens: Callable[[], bool], timeout: float = 300) -> bool:
+    def wait_until(self, happens: Callable[[], bool], timeout: float = 100) -> bool:
         """Waits until something happens; False if the process ended before it did."""
         end = time.monotonic() + timeout
         while not happens():

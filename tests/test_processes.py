@@ -1,8 +1,10 @@
 """Several processes train as one does, on the CPU with gloo.
 
-Where torchrun itself is not what is tested, its processes are forked with the variables that it would set.
+Where torchrun itself is not what is tested, its processes are forked with the variables that it
+would set.
 """
 
+import contextlib
 import csv
 import itertools
 import os
@@ -19,6 +21,7 @@ import numpy as np
 import program
 import pytest
 import torch
+from kill_and_resume import log_lines
 from PIL import Image
 from program import REPO, TINY, Program
 
@@ -26,7 +29,14 @@ import main
 import utils
 
 N_IMAGES, STEPS = 46, 5  # of which TINY holds out 6, and makes batches of 8
-CASES = {"gan": ["--mode=gan"], "IMQ": ["--mode=mmd", "--kernel=IMQ"], "RBF": ["--mode=mmd", "--kernel=RBF"]}
+CASES = {
+    "gan": ["--mode=gan"],
+    "IMQ": ["--mode=mmd", "--kernel=IMQ"],
+    "RBF": ["--mode=mmd", "--kernel=RBF"],
+    "vae": ["--mode=vae"],
+}
+ENDLESS = ["--niter=100000", "--sample_every=100000"]
+LAUNCHED = ["--ngpu=2", *ENDLESS]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +44,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Flags for a tiny run on a folder of small images."""
     root = tmp_path_factory.mktemp("data")
     (root / "all").mkdir()
-    for i, pixels in enumerate(np.random.default_rng(0).integers(0, 256, (N_IMAGES, 4, 4, 3), np.uint8)):
+    images = np.random.default_rng(0).integers(0, 256, (N_IMAGES, 4, 4, 3), np.uint8)
+    for i, pixels in enumerate(images):
         Image.fromarray(pixels).resize((32, 32)).save(root / "all" / f"{i:02d}.jpg")
     return [*TINY, f"--dataroot={root}", "--dataset=folder", "--seed=1", "--mode=mmd"]
 
@@ -49,7 +60,7 @@ def torchrun_variables(size: int) -> list[dict[str, str]]:
 
 
 def in_world(env: dict[str, str], function: Callable[[utils.World], object], path: Path) -> None:
-    """What one of several processes does: saves the function's value."""
+    """Does what one of several processes does: saves the function's value."""
     os.environ |= env
     world = utils.join_world(cuda=False, gpu_id=0)
     torch.save(function(world), path)
@@ -72,6 +83,11 @@ def rows(outf: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((outf / "log.csv").open()))
 
 
+def steps(outf: Path) -> list[int]:
+    """The steps that the log has a row of training for."""
+    return [int(row["step"]) for row in rows(outf) if row["lr"]]
+
+
 def children(pid: int) -> dict[str, int]:
     """Processes that torchrun has started, by rank."""
     found = {}
@@ -82,44 +98,57 @@ def children(pid: int) -> dict[str, int]:
     return found
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+def all_end(pids: list[int]) -> bool:
+    """Whether processes end within some seconds."""
+    end = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+# --------------------------------------------------------------------------------------------------
 # The same gradients
 
 
 def gradients(world: utils.World) -> dict[str, torch.Tensor]:
-    """What one training step in each case leaves in .grad, batch norm in evaluation mode, by case and parameter."""
+    """What a step leaves in .grad, by case and weight; batch norm is in evaluation mode."""
     found = {}
     rng = torch.Generator().manual_seed(0)
     batch = torch.randint(0, 256, (12, 32, 32, 3), generator=rng, dtype=torch.uint8)
     prior = torch.randn(12, 4, generator=rng)
     for case, argv in CASES.items():
-        tiny = ["--image_size=32", "--nf=4", "--nz=4", "--batch_size=12", "--noise=deterministic", "--seed=0"]
-        flags, _ = main.parse_flags([*argv, *tiny, "--dataroot=unused", "--outf=unused"])
-        wae = main.WAE(flags, world)
+        tiny = ["--image_size=32", "--nf=4", "--nz=4", "--batch_size=12"]
+        noise = [] if case == "vae" else ["--noise=deterministic"]
+        folders = ["--dataroot=unused", "--outf=unused_too"]
+        run = main.Run(main.get_flags([*argv, *tiny, *noise, *folders])[0], world)
         with torch.no_grad():
-            for _ in range(20):  # statistics with which the activations, and so the gradients, are of ordinary size
-                wae.decoder(wae.encoder(wae.to_input(batch)))
-        wae.encoder.eval(), wae.decoder.eval()
-        for optimizer in (wae.optimizer, wae.optimizer_d):
-            if optimizer:
-                optimizer.step = lambda: None
-        wae.prepare_training()
-        wae.train_step(wae.to_input(batch.chunk(world.size)[world.rank]), prior)
-        for name, network in wae.networks().items():
-            found |= {f"{case} {name} {key}": value.grad.clone() for key, value in network.named_parameters()}
+            for _ in range(20):  # so that activations and gradients are of ordinary size
+                run.net(run.to_input(batch))
+        run.net.eval()
+        if case == "vae":  # no noise to speak of
+            run.net.encoder.moments.weight.data[4:] = 0
+            run.net.encoder.moments.bias.data[4:] = -40
+        for optimizer in run.optimizers.values():
+            optimizer.step = lambda: None
+        run.wrap()
+        main.train_step(run, run.to_input(batch.chunk(world.size)[world.rank]), prior)
+        for name, network in run.networks.items():
+            for key, value in network.named_parameters():
+                found[f"{case} {name} {key}"] = value.grad.clone()
     return found
 
 
 @pytest.mark.parametrize("size", [2, 3])
 def test_gradients_are_those_of_one_process(size: int, tmp_path: Path) -> None:
-    expected = gradients(utils.World(0, 1, 0, torch.device("cpu")))
-    assert {name.split()[1] for name in expected} == {"encoder", "decoder", "discriminator"}
+    expected = gradients(utils.World(0, 1, torch.device("cpu")))
+    assert {name.split()[1] for name in expected} == {"net", "discriminator"}
     for rank, found in enumerate(from_all(size, gradients, tmp_path)):
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             scale = gradient.abs().max()
             assert scale > 1e-6, f"nothing to compare: {name}"
-            assert (found[name] - gradient).abs().max() <= 1e-5 * scale, f"{name}, process {rank}"
+            difference = (found[name] - gradient).abs().max()
+            assert difference <= 1e-5 * scale, f"{name}, process {rank}"
 
 
 def cubes(x: torch.Tensor, rank: int) -> torch.Tensor:
@@ -130,46 +159,50 @@ def cubes(x: torch.Tensor, rank: int) -> torch.Tensor:
 def gathered_and_gradient(world: utils.World) -> tuple[torch.Tensor, torch.Tensor]:
     """This process's view of all rows, and the gradient of its own rows."""
     x = torch.arange(6.0).reshape(3, 2).add(10 * world.rank).requires_grad_()
-    everyones = utils.gather_with_gradient(x, world)
+    everyones = utils.gather(x, world)
     cubes(everyones, world.rank).backward()
     return everyones.detach(), x.grad
 
 
 def test_gathering_passes_on_the_gradients_of_all_processes(tmp_path: Path) -> None:
-    x = torch.cat([torch.arange(6.0).reshape(3, 2), torch.arange(6.0).reshape(3, 2) + 10]).requires_grad_()
+    x = torch.arange(6.0).reshape(3, 2)
+    x = torch.cat([x, x + 10]).requires_grad_()
     (cubes(x, 0) + cubes(x, 1)).backward()
     for rank, (everyones, gradient) in enumerate(from_all(2, gathered_and_gradient, tmp_path)):
         assert torch.equal(everyones, x.detach())
         torch.testing.assert_close(gradient, x.grad.chunk(2)[rank])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line
 
 
 def test_torchrun_by_hand_continues_a_run_of_one_process(data: list[str], tmp_path: Path) -> None:
-    program.run(tmp_path / "one", *data, "--niter=1", f"--outf={tmp_path / 'out'}")
-    before = set(os.listdir(tmp_path / "out"))
+    out = tmp_path / "out"
+    program.run(tmp_path / "one", *data, "--niter=1", f"--outf={out}")
+    before = set(os.listdir(out))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    argv = [str(REPO / "main.py"), f"--checkpoint={tmp_path / 'out' / 'checkpoint.pth.tar'}", "--niter=2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, *argv], env=environment, capture_output=True, text=True, timeout=300)
+    command += [str(REPO / "main.py"), *data, "--niter=2", f"--outf={out}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    # One set of files, of which each belongs to an epoch or to the run, and nothing left from writing them ...
-    pictures = {f"{name}_epoch_002.png" for name in ("fake_samples", "reconstructions", "interpolations")}
-    assert set(os.listdir(tmp_path / "out")) == before | pictures
-    # ... a log in which a step is one of a global batch, with one row for each, and one for each epoch.
-    steps = [int(row["step"]) for row in rows(tmp_path / "out") if row["images_per_s"]]
-    assert steps == list(range(1, 2 * STEPS + 1))
-    assert [int(row["step"]) for row in rows(tmp_path / "out") if row["test_mse"]] == [STEPS, 2 * STEPS]
-    assert done.stdout.count("epoch 2:") == 1
+    assert "Warning" not in done.stderr
+    # One set of files, of which each belongs to an epoch or to the run ...
+    pictures = {
+        f"{name}_epoch_002.png" for name in ("fake_samples", "reconstructions", "interpolations")
+    }
+    assert set(os.listdir(out)) == before | pictures
+    # ... and a log in which a step is one of a global batch.
+    assert steps(out) == list(range(1, 2 * STEPS + 1))
+    assert [int(row["step"]) for row in rows(out) if row["test_mse"]] == [STEPS, 2 * STEPS]
+    assert done.stdout.count("epoch 2:") == done.stderr.count("continuing the run") == 1
 
 
 def run_by_a_clock(env: dict[str, str], argv: list[str]) -> None:
-    """A command line, for which a second passes whenever it looks at the clock."""
+    """Runs a command line for which a second passes whenever it looks at the clock."""
     os.environ |= env
     main.time = SimpleNamespace(perf_counter=itertools.count().__next__)
-    sys.exit(main.run(argv))
+    sys.exit(main.execute(argv))
 
 
 def test_two_processes_leave_the_files_and_the_log_of_one(data: list[str], tmp_path: Path) -> None:
@@ -183,76 +216,113 @@ def test_two_processes_leave_the_files_and_the_log_of_one(data: list[str], tmp_p
             assert process.exitcode == 0
         logs[size] = [(row["epoch"], row["step"], row["images_per_s"]) for row in rows(out)]
     # Two steps of the global batch of 8 between two looks at the clock.
-    assert logs[2] == logs[1] == [("1", "2", "16"), ("1", "4", "16"), ("1", str(STEPS), "")]
+    assert logs[2] == logs[1] == [("1", "2", "16.0"), ("1", "4", "16.0"), ("1", str(STEPS), "")]
     assert set(os.listdir(tmp_path / "2")) == set(os.listdir(tmp_path / "1"))
 
 
-def test_sigterm_to_ngpu_2_leaves_a_checkpoint_that_one_process_continues(data: list[str], tmp_path: Path) -> None:
+def test_sigterm_to_ngpu_2_leaves_a_checkpoint_that_one_process_continues(
+    data: list[str], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
-    both = Program(tmp_path / "two", *data, "--ngpu=2", "--niter=100000", "--sample_every=100000", f"--outf={out}")
-    assert both.wait_until(lambda: (out / "log.csv").exists() and len(rows(out)) > 2), both.err
+    both = Program(tmp_path / "two", *data, *LAUNCHED, f"--outf={out}")
+    both.wait_until(lambda: log_lines(out) > 3)
     both.kill(signal.SIGTERM)
-    assert both.wait(120) == 128 + signal.SIGTERM
+    assert both.wait(120) == 128 + signal.SIGTERM, both.err
     assert "Traceback" not in both.err
     assert sorted(p.name for p in out.glob("*checkpoint*")) == ["checkpoint.pth.tar"]
-    stopped = [line for line in both.out.splitlines() if line.startswith("stopped")]
-    assert len(stopped) == 1 and f"python3 main.py --checkpoint={out / 'checkpoint.pth.tar'} --ngpu=2" in stopped[0]
+    assert both.err.count("; the same command continues") == 1
 
-    steps = [int(row["step"]) for row in rows(out) if row["images_per_s"]]
-    epochs = steps[-1] // STEPS + 1
-    one = program.run(tmp_path / "one", f"--checkpoint={out / 'checkpoint.pth.tar'}", f"--niter={epochs}")
-    assert one.process.exitcode == 0, one.err
-    after = [int(row["step"]) for row in rows(out) if row["images_per_s"]]
-    assert after == list(range(1, epochs * STEPS + 1))
+    epochs = steps(out)[-1] // STEPS + 1
+    one = program.run(tmp_path / "one", *data, f"--niter={epochs}", f"--outf={out}")
+    assert one.wait() == 0, one.err
+    assert steps(out) == list(range(1, epochs * STEPS + 1))
 
 
 def test_sigint_in_one_process_stops_all(data: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    argv = [*data, "--niter=100000", "--sample_every=100000", f"--outf={out}"]
+    argv = [*data, *ENDLESS, f"--outf={out}"]
     ranks = [Program(tmp_path / env["RANK"], *argv, env=env) for env in torchrun_variables(2)]
-    assert ranks[0].wait_until(lambda: (out / "log.csv").exists() and len(rows(out)) > 2), ranks[0].err
+    ranks[0].wait_until(lambda: log_lines(out) > 3)
     ranks[1].kill(signal.SIGINT)
     assert [rank.wait(120) for rank in ranks] == [128 + signal.SIGINT] * 2
-    assert "to continue" in ranks[0].out and not ranks[1].out
+    assert "the same command continues" in ranks[0].err and not ranks[1].messages
     assert utils.load_checkpoint(out / "checkpoint.pth.tar")["flags"]["batch_size"] == 8
+
+
+def interrupt(launcher: Program, times: int = 15) -> None:
+    """Presses Ctrl-C so often, which a terminal sends to all processes of the command."""
+    for _ in range(times):
+        # What ends meanwhile has no entry in /proc any more.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for pid in (*children(launcher.process.pid).values(), launcher.process.pid):
+                os.kill(pid, signal.SIGINT)
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("when", ["imports", "training"])
+def test_any_number_of_interrupts(when: str, data: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    both = Program(tmp_path / "two", *data, *LAUNCHED, f"--outf={out}")
+    ready = {"imports": lambda: len(children(both.process.pid)) == 2}
+    ready["training"] = lambda: log_lines(out) > 3
+    both.wait_until(ready[when])
+    interrupt(both)
+    assert both.wait(120) == 128 + signal.SIGINT, both.err
+    assert "Traceback" not in both.err and "Exception ignored" not in both.err
+    assert (out / "checkpoint.pth.tar").exists() == (when == "training")
+
+
+def test_processes_end_with_their_launcher(data: list[str], tmp_path: Path) -> None:
+    """Killed, it cannot end them; the run then continues and has each step once."""
+    out = tmp_path / "out"
+    both = Program(tmp_path / "two", *data, *LAUNCHED, f"--outf={out}")
+    both.wait_until(lambda: (out / "checkpoint.pth.tar").exists() and log_lines(out) > 3)
+    ranks = list(children(both.process.pid).values())
+    both.kill(signal.SIGKILL)
+    both.wait()
+    assert len(ranks) == 2 and all_end(ranks)
+    epochs = utils.load_checkpoint(out / "checkpoint.pth.tar")["step"] // STEPS + 1
+    one = program.run(tmp_path / "one", *data, f"--niter={epochs}", f"--outf={out}")
+    assert one.wait() == 0, one.err
+    assert steps(out) == list(range(1, epochs * STEPS + 1))
 
 
 def test_a_process_that_is_killed_ends_the_run(data: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    both = Program(tmp_path / "two", *data, "--ngpu=2", "--niter=100000", "--sample_every=100000", f"--outf={out}")
-    assert both.wait_until(lambda: (out / "log.csv").exists() and len(rows(out)) > 2), both.err
+    both = Program(tmp_path / "two", *data, *LAUNCHED, f"--outf={out}")
+    both.wait_until(lambda: log_lines(out) > 3)
     ranks = children(both.process.pid)
     os.kill(ranks["1"], signal.SIGKILL)
     assert both.wait(60) == 128 + signal.SIGKILL
-    assert both.err.count("error:") == 1 and "process 1 of 2 was killed by signal 9" in both.err
+    assert both.err.count("error:") == 1
+    assert "process 1 of 2 was killed by signal 9" in both.err
     assert "Traceback" not in both.err
-    end = time.monotonic() + 10
-    while Path(f"/proc/{ranks['0']}").exists() and time.monotonic() < end:
-        time.sleep(0.1)
-    assert not Path(f"/proc/{ranks['0']}").exists()
+    assert all_end(list(ranks.values()))
 
 
 def test_a_mistake_is_told_once(data: list[str], tmp_path: Path) -> None:
-    wrong = program.run(tmp_path, *data, "--ngpu=2", f"--dataroot={tmp_path / 'none'}", f"--outf={tmp_path / 'out'}")
-    assert wrong.process.exitcode == 1
-    assert len(wrong.messages) == 1 and f"--dataroot={tmp_path / 'none'}: no such folder" in wrong.messages[0]
+    flags = ["--ngpu=2", f"--dataroot={tmp_path / 'none'}", f"--outf={tmp_path / 'out'}"]
+    wrong = program.run(tmp_path, *data, *flags)
+    assert wrong.wait() == 1
+    assert len(wrong.messages) == 1
+    assert f"--dataroot={tmp_path / 'none'}: no such folder" in wrong.messages[0]
 
 
 @pytest.mark.parametrize(
     ("argv", "env", "message"),
     [
-        (["--ngpu=3"], {}, "--batch_size=8 cannot be shared out evenly to 3 processes"),
-        (["--ngpu=8"], {}, "--batch_size=8 cannot be shared out evenly to 8 processes"),
-        ([], torchrun_variables(3)[0], "--batch_size=8 cannot be shared out evenly to 3 processes"),
-        (["--ngpu=2", "--cuda"], {"CUDA_VISIBLE_DEVICES": ""}, "--ngpu=2: there are 0 GPUs here"),
-        (["--cuda"], torchrun_variables(2)[0] | {"CUDA_VISIBLE_DEVICES": ""}, "--cuda: PyTorch finds no CUDA GPU here"),
+        ([], torchrun_variables(3)[0], "--batch_size=8 cannot be shared by 3 processes"),
+        (
+            ["--cuda"],
+            torchrun_variables(2)[0] | {"CUDA_VISIBLE_DEVICES": ""},
+            "--cuda: PyTorch finds no CUDA GPU",
+        ),
     ],
 )
 def test_impossible_numbers_of_processes(
     argv: list[str], env: dict[str, str], message: str, data: list[str], tmp_path: Path
 ) -> None:
     refused = program.run(tmp_path, *data, *argv, f"--outf={tmp_path / 'out'}", env=env)
-    assert refused.process.exitcode == 2
-    assert message in refused.messages[-1]
-    assert "Traceback" not in refused.err
+    assert refused.wait() == 2
+    assert message in refused.messages[-1] and "Traceback" not in refused.err
     assert not (tmp_path / "out" / "checkpoint.pth.tar").exists()
