@@ -1,33 +1,31 @@
 """Measures speed and memory on this machine, and prints a table; run by hand.
 
-    python3 tests/benchmark.py                                       # all rows, on toy faces, on the CPU
-    python3 tests/benchmark.py --cuda --dataroot=data/celebA         # all rows, with training on the GPU
-    python3 tests/benchmark.py --only=training,mmd --nf=32           # some of them
-    python3 tests/benchmark.py --train_predecessor --dataroot=data/celebA --mode=gan --niter=5 --outf=predecessor
+    python3 tests/benchmark.py                                 # all rows, on toy faces, on the CPU
+    python3 tests/benchmark.py --cuda --dataroot=data/celebA   # all rows, with training on a GPU
+    python3 tests/benchmark.py --only=training,mmd --nf=32     # some of them
+    python3 tests/benchmark.py --train_predecessor --dataroot=data/celebA --mode=gan --outf=old
 
-A figure is a median over rounds. What it is compared with is measured in the same rounds, in turns, and the ratio is
-the median of the rounds' ratios. "In memory" is the same training step on one batch that stays where it is.
-"Predecessor" is the schedule of telin0411/WAE-PyTorch, with the networks of this project: see `Predecessor`.
-`--train_predecessor` trains by that schedule on the training images of main.py, evaluates as main.py does, and takes
-main.py's flags.
+A figure is a median over rounds. What it is compared with is measured in the same rounds, in turns,
+and the ratio is the median of the rounds' ratios. "In memory" is the same training step on one
+batch that stays where it is. "Predecessor" is the schedule of telin0411/WAE-PyTorch, with the
+networks of this project. `--train_predecessor` trains by that and takes the flags of main.py.
 """
 
 import argparse
-import contextlib
-import csv
 import io
 import itertools
 import multiprocessing
-import platform
-import statistics
-import subprocess
+import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import redirect_stderr, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from statistics import median
+from subprocess import DEVNULL, PIPE, Popen
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -35,11 +33,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision import transforms
 from torchvision.datasets import ImageFolder
+from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
+from tqdm import tqdm
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
@@ -49,166 +47,141 @@ import model  # noqa: E402
 import utils  # noqa: E402
 
 CELEBA_SHAPE = (202_599, 64, 64, 3)
-
-
-class Row(NamedTuple):
-    """A line of the table."""
-
-    name: str
-    figure: str
-    compared: str = ""
-    ratio: str = ""
-    demand: str = ""
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The predecessor's schedule
+CPU = torch.device("cpu")
 
 
 class Predecessor:
-    """Trains the networks of a WAE as telin0411/WAE-PyTorch does: an encoding and a backward pass for each loss.
+    """Trains networks as telin0411/WAE-PyTorch does: each loss has its encoding and backward pass.
 
-    Gradients are set to zero once, at the beginning of a step, so that the encoder's last Adam step sees the sum of
-    what all the backward passes left; the reconstruction loss is a mean over pixels. It knows neither channels last nor
-    bfloat16; `train_predecessor`, which is about results and not about speed, has both, as main.py has.
+    Gradients are set to zero once, at the beginning of a step, so that the encoder's last Adam step
+    sees the sum of what all the backward passes left. The reconstruction loss is a mean over
+    pixels. The rates are constant.
     """
 
-    def __init__(self, wae: main.WAE, layout: torch.memory_format = torch.contiguous_format):
-        self.wae, flags = wae, wae.flags
-        for network in wae.networks().values():
-            network.to(memory_format=layout)
+    def __init__(self, run: main.Run):
+        self.run, flags, net = run, run.flags, run.net
         adam = partial(torch.optim.Adam, betas=(flags.beta1, 0.999))
-        self.adam_encoder = adam(wae.encoder.parameters(), lr=flags.lr)
-        self.adam_decoder = adam(wae.decoder.parameters(), lr=flags.lr)
-        if wae.discriminator is not None:
-            self.adam_discriminator = adam(wae.discriminator.parameters(), lr=flags.lr_adv)
-            self.adam_penalty = adam(wae.encoder.parameters(), lr=flags.lr)
+        self.adam_encoder = adam(net.encoder.parameters(), lr=flags.lr)
+        self.adam_decoder = adam(net.decoder.parameters(), lr=flags.lr)
+        if flags.mode == "gan":
+            self.adam_discriminator = adam(run.discriminator.parameters(), lr=flags.lr_adv)
+            self.adam_penalty = adam(net.encoder.parameters(), lr=flags.lr)
 
     def encode(self, x: Tensor) -> Tensor:
         """Codes (n, nz) of images (n, 3, S, S)."""
-        with self.wae.autocast():
-            return self.wae.encoder(x).float()
-
-    def decode(self, codes: Tensor) -> Tensor:
-        """Images (n, 3, S, S) of codes (n, nz)."""
-        with self.wae.autocast():
-            return self.wae.decoder(codes).float()
+        with self.run.autocast():
+            return model.draw_code(*self.run.net.encoder(x))
 
     def step(self, x: Tensor) -> None:
         """One step on images (n, 3, S, S)."""
-        wae, flags = self.wae, self.wae.flags
-        for network in wae.networks().values():
+        run, flags, net = self.run, self.run.flags, self.run.net
+        x = x.to(run.world.device)
+        for network in run.networks.values():
             network.zero_grad()
-        F.mse_loss(self.decode(self.encode(x)), x).backward()
+        with run.autocast():
+            y, *_ = net(x)
+        F.mse_loss(y, x).backward()
         self.adam_decoder.step()
         self.adam_encoder.step()
 
-        z = wae.sample_prior(len(x))
+        z = run.sample_prior(len(x))
         if flags.mode == "mmd":
-            (flags.LAMBDA * model.mmd_penalty(self.encode(x), z, flags.kernel, flags.pz_scale)).backward()
+            how = (flags.kernel, flags.pz_scale, flags.imq_scales)
+            (flags.LAMBDA * model.mmd_penalty(self.encode(x), z, *how)).backward()
             self.adam_encoder.step()
             return
-        wae.encoder.eval()
-        codes = self.encode(x)  # not detached: the discriminator's loss leaves a gradient on the encoder, too
-        wae.encoder.train()
-        (flags.LAMBDA * model.discriminator_loss(wae.discriminator(z), wae.discriminator(codes))).backward()
+        net.encoder.eval()
+        codes = self.encode(x)  # not detached: this loss leaves a gradient on the encoder, too
+        net.encoder.train()
+        loss_d = model.discriminator_loss(run.discriminator(z), run.discriminator(codes))
+        (flags.LAMBDA * loss_d).backward()
         self.adam_discriminator.step()
-        (flags.LAMBDA * F.softplus(-wae.discriminator(self.encode(x))).mean()).backward()
+        (flags.LAMBDA * F.softplus(-run.discriminator(self.encode(x))).mean()).backward()
         self.adam_penalty.step()
 
 
-def train_predecessor(argv: list[str]) -> None:
-    """Trains by the predecessor's schedule on main.py's training images, and evaluates as main.py does."""
-    flags, _ = main.parse_flags(argv)
-    flags.seed = flags.seed or 0
-    utils.make_folder(flags.outf)
-    world = utils.join_world(flags.cuda, flags.gpu_id)
-    images = utils.load_images(flags.dataroot, flags.dataset, flags.image_size, flags.workers, flags.cache_dir)
-    flags.n_test = flags.n_test or utils.default_n_test(len(images))
-    images = utils.put_on_device(images, world.device)
-    train, test = images[: -flags.n_test], images[-flags.n_test :]
-    wae = main.WAE(flags, world)
-    predecessor = Predecessor(wae, torch.channels_last)
-    steps = len(train) // flags.batch_size
-    for epoch in range(flags.niter):
-        indices = utils.epoch_order(len(train), flags.seed, epoch)[: steps * flags.batch_size].reshape(steps, -1)
-        for batch in utils.batches(train, indices, world.device):
-            predecessor.step(wae.to_input(batch))
-        print(f"epoch {epoch + 1}/{flags.niter}")
-    main.refresh_batch_norm(wae, train)
-    main.evaluate(wae, train, test, flags.niter, folders=False)
+def train_predecessor(run: main.Run, images: Any, test: Any, data: dict, checkpoint: Any) -> int:
+    """Trains by the predecessor's schedule, in place of main.train, and evaluates as it does.
 
+    Batches, layout and --amp are main.py's. Leaves a grid of samples, metrics.json, codes.png and a
+    checkpoint, so that `main.py --outf=... --evaluate` works.
+    """
+    flags, world = run.flags, run.world
+    if flags.mode == "vae" or checkpoint:
+        raise utils.UsageError("--train_predecessor has no --mode=vae, and continues no run")
+    log = main.start_log(run, images, "", 0)
+    if flags.e_pretrain:
+        main.pretrain_encoder(run, images)
+    predecessor, end = Predecessor(run), flags.niter * (len(images) // flags.batch_size)
+    indices = main.batch_indices(len(images), range(end), flags, world)
+    for batch in tqdm(utils.batches(images, indices, world.device), total=end, unit="step"):
+        predecessor.step(run.to_input(batch))
 
-# ----------------------------------------------------------------------------------------------------------------------
-# How things are measured
+    main.refresh_batch_norm(run, images)
+    main.save(run, end, float("inf"), log, data, main.CHECKPOINT)
+    path = flags.outf / f"fake_samples_epoch_{flags.niter:03d}.png"
+    utils.save_picture(path, main.sample_grids(run, test)["fake_samples"])
+    main.evaluate(run, images, test, end, folders=False)
+    return 0
 
 
 class Bench:
     """What all rows share: options, images, and a folder that is removed afterwards."""
 
     def __init__(self, options: argparse.Namespace, folder: Path):
-        self.folder, self.rounds, self.nf, self.cuda = folder, options.rounds, options.nf, options.cuda
-        self.steps = options.steps or (50 if options.cuda else 10)
-        self.world = utils.World(0, 1, 0, utils.pick_device(options.cuda, 0))
+        self.folder, self.rounds, self.cuda = folder, options.rounds, options.cuda
+        self.nf, self.steps = options.nf, options.steps or (50 if options.cuda else 10)
         self.dataset, self.dataroot = options.dataset, options.dataroot
+        self.world = utils.World(0, 1, utils.pick_device(options.cuda, 0))
         if self.dataroot is None:
             self.dataset, self.dataroot = "celebA", folder / "toy"
-            with quiet():
-                download_datasets.get_toy(folder, 0, options.n_images)
-        self.paths = [path for path, _ in ImageFolder(str(self.dataroot)).samples][:20_000]
-        with quiet():
-            self.images = utils.load_images(self.dataroot, self.dataset, 64, utils.n_cores(), folder)
+            download_datasets.get_toy(folder, 0, 4000)
+        how = (64, None, utils.n_cores(), folder)
+        self.images, _ = utils.load_images(self.dataroot, self.dataset, *how)
 
-    def wae(self, *argv: str) -> main.WAE:
-        """Networks as main.py makes them for these flags."""
+    def run(self, *argv: str, layout: torch.memory_format = torch.channels_last) -> main.Run:
+        """Networks and optimisers as main.py makes them for these flags, ready to train."""
         outf = tempfile.mkdtemp(dir=self.folder)
-        given = [f"--dataroot={self.dataroot}", f"--outf={outf}", f"--nf={self.nf}", "--seed=0", *argv]
-        flags, _ = main.parse_flags([*given, "--cuda"] if self.cuda else given)
-        return main.WAE(flags, self.world)
+        given = [f"--dataroot={self.dataroot}", f"--outf={outf}", f"--nf={self.nf}", "--niter=1"]
+        flags, _ = main.get_flags([*given, *["--cuda"] * self.cuda, *argv])
+        run = main.Run(flags, self.world)
+        run.net.to(memory_format=layout)
+        run.wrap()
+        return run
 
     def batch(self, n: int) -> Tensor:
-        """n images on the device."""
+        """n images on the device, uint8 (n, 64, 64, 3)."""
         return torch.from_numpy(np.resize(self.images, (n, 64, 64, 3))).to(self.world.device)
 
-    def loader(self) -> DataLoader:
-        """Batches of 100 from the files, decoded in every epoch by one process."""
-        crop = [transforms.CenterCrop(utils.CELEBA_CROP)] if self.dataset == "celebA" else []
-        end = [transforms.CenterCrop(64), transforms.ToTensor()]
-        folder = ImageFolder(str(self.dataroot), transforms.Compose([*crop, transforms.Resize(64), *end]))
-        return DataLoader(folder, 100, shuffle=True, num_workers=1, drop_last=True)
-
-    def rate(self, n: int, function: Callable[[], object]) -> float:
-        """n by the seconds that the function takes, on the device too."""
-        self.wait()
-        start = time.perf_counter()
-        function()
-        self.wait()
-        return n / (time.perf_counter() - start)
-
-    def wait(self) -> None:
-        """Until the device has done all."""
-        if self.cuda:
-            torch.cuda.synchronize()
+    def compare(self, name: str, measure: Callable, *others: tuple, unit: str = "images/s") -> None:
+        """Prints a row for each of the others: a label, a function to compare with, a demand."""
+        functions = (measure, *(function for _, function, _ in others))
+        rounds = [[function() for function in functions] for _ in range(self.rounds)]
+        first, *columns = zip(*rounds, strict=True)
+        for (label, _, demand), column in zip(others, columns, strict=True):
+            ratio = median(a / b for a, b in zip(first, column, strict=True))
+            against = f"{label}, {median(column):,.1f} {unit}"
+            show(name, f"{median(first):,.1f} {unit}", against, f"{ratio:.3g}", demand)
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without progress bars and messages."""
-    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
-        yield
+def show(name: str, figure: str, compared: str = "", ratio: str = "", demand: str = "") -> None:
+    """Prints a row of the table."""
+    print(f"| {name} | {figure} | {compared} | {ratio} | {demand} |", flush=True)
 
 
-def in_turns(rounds: int, *functions: Callable[[], float]) -> tuple[list[float], list[float]]:
-    """Medians of the functions' figures, and medians of the ratios of the first one's to each one's."""
-    figures = [[function() for function in functions] for _ in range(rounds)]
-    ratios = [[line[0] / value for value in line] for line in figures]
-    return [[statistics.median(column) for column in zip(*table, strict=True)] for table in (figures, ratios)]
+def rate(n: float, function: Callable) -> float:
+    """n by the seconds that the function takes, on a GPU too."""
+    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
+    wait()
+    start = time.perf_counter()
+    function()
+    wait()
+    return n / (time.perf_counter() - start)
 
 
 def status_mb(key: str, pid: int | str = "self") -> float:
-    """A line of /proc/PID/status in MB: RssAnon, memory of its own; VmHWM, the most so far of that and mapped files."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{key}:")).split()[1]) / 1e3
+    """A line of /proc/PID/status in MB: RssAnon, its own memory; VmHWM, the most so far of all."""
+    return int(re.search(rf"{key}:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1e3
 
 
 def apart(function: Callable, *arguments: object) -> tuple:
@@ -217,305 +190,241 @@ def apart(function: Callable, *arguments: object) -> tuple:
         return pool.apply(function, arguments)
 
 
-def loop_rate(bench: Bench, wae: main.WAE, images: np.ndarray | Tensor) -> float:
-    """images/s of main.train, as its log tells it, over one epoch: from the start of reading to the last step's end."""
-    steps = min(bench.steps, len(images) // wae.flags.batch_size)
-    wae.flags.niter, wae.flags.print_every, wae.flags.sample_every = 1, steps, 1000
-    nothing = mock.Mock(return_value={})
-    with quiet(), mock.patch.multiple(main, refresh_batch_norm=nothing, epoch_pictures=nothing, evaluate=nothing):
-        main.train(wae, images[: steps * wae.flags.batch_size], images[:2], None)
-    with (wae.flags.outf / "log.csv").open() as file:
-        return next(float(row["images_per_s"]) for row in csv.DictReader(file))
+def loop_rate(bench: Bench, run: main.Run, images: utils.Images) -> float:
+    """images/s of main.train from the first step to the last of an epoch, as its log tells it."""
+    n = run.flags.batch_size
+    run.flags.print_every = steps = min(bench.steps, len(images) // n)
+    # It ends where the evaluation would begin, and its handlers of signals are not installed.
+    end = mock.patch.object(main, "refresh_batch_norm", side_effect=InterruptedError)
+    with end, mock.patch("signal.signal"), suppress(InterruptedError):
+        main.train(run, images[: steps * n], images[:2], {}, None)
+    row = (run.flags.outf / "log.csv").read_text().splitlines()[1].split(",")
+    return float(row[main.COLUMNS.index("images_per_s")])
 
 
-def memory_rate(bench: Bench, wae: main.WAE, x: Tensor) -> float:
-    """images/s of the training step on one batch that stays in memory."""
-    prior = wae.sample_prior(len(x))
-    steps = [partial(wae.train_step, x, prior)] * bench.steps
-    return bench.rate(bench.steps * len(x), lambda: [step() for step in steps])
+def memory_rate(bench: Bench, run: main.Run, x: Tensor, worth: float = 1) -> float:
+    """images/s, or `worth` times as much, of the training step on a batch that stays in memory."""
+    prior, n = run.sample_prior(len(x)), bench.steps
+    return rate(n * len(x) * worth, lambda: [main.train_step(run, x, prior) for _ in range(n)])
 
 
-def predecessor_rate(bench: Bench, predecessor: Predecessor) -> float:
-    """images/s of the predecessor's schedule, from files, without the first batch, for which a process starts."""
-    loader = bench.loader()
-    batches, steps = iter(loader), min(bench.steps, len(loader) - 1)
-    next(batches)
-    step = lambda: predecessor.step(next(batches)[0].to(bench.world.device))  # noqa: E731
-    return bench.rate(100 * steps, lambda: [step() for _ in range(steps)])
+def array_rate(images: np.ndarray, epochs: int, use: Callable) -> float:
+    """images/s of shuffled batches of 100 on the CPU, as main.train has them."""
+    flags, steps = argparse.Namespace(batch_size=100, seed=0), range(epochs * (len(images) // 100))
+    indices = main.batch_indices(len(images), steps, flags, utils.World(0, 1, CPU))
+    return rate(len(steps) * 100, lambda: [use(b) for b in utils.batches(images, indices, CPU)])
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Rows
+def files_rate(bench: Bench, n: int, use: Callable) -> float:
+    """images/s of n shuffled batches of 100 from the files, decoded every time by one process."""
+    crop = [CenterCrop(utils.CELEBA_CROP)] if bench.dataset == "celebA" else []
+    transform = Compose([*crop, Resize(64), CenterCrop(64), ToTensor()])
+    images = ImageFolder(str(bench.dataroot), transform)
+    loader = DataLoader(images, 100, shuffle=True, num_workers=1, drop_last=True)
+    batches, n = iter(loader), min(n, len(loader) - 1)
+    next(batches)  # for which the process starts
+    return rate(100 * n, lambda: [use(next(batches)[0]) for _ in range(n)])
 
 
-def build(bench: Bench) -> Iterator[Row]:
+def build(bench: Bench) -> None:
     """Decoding once, with all cores, against as many times what one core decodes."""
     crop, cores = utils.CELEBA_CROP if bench.dataset == "celebA" else None, utils.n_cores()
-    n, some = len(bench.paths), min(len(bench.paths), 1000)
-
-    def all_cores() -> float:
-        with quiet():
-            return bench.rate(n, lambda: utils._build_array(bench.folder / "array", bench.paths, 64, crop, cores))
-
-    def one_core() -> float:
-        return bench.rate(some * cores, lambda: [utils.decode_image(path, 64, crop) for path in bench.paths[:some]])
-
-    (rate, one), (_, ratio) = in_turns(bench.rounds, all_cores, one_core)
-    against = f"{cores} x one core's decoding, {one:.0f} images/s"
-    yield Row("building the array, all cores", f"{rate:.0f} images/s", against, f"{ratio:.2f}", ">= 0.85")
+    names = [name for name, _, _ in utils.find_images(bench.dataroot)][:20_000]
+    some = [bench.dataroot / name for name in names[:1000]]
+    array = (bench.folder / "built.npy", bench.dataroot, names, 64, crop, cores)
+    all_cores = partial(rate, len(names), lambda: utils.build_array(*array))
+    decode = partial(utils.decode_image, size=64, crop=crop)
+    one_core = partial(rate, len(some) * cores, lambda: [decode(path) for path in some])
+    other = (f"{cores} x one core's decoding", one_core, ">= 0.85")
+    bench.compare("building the array, all cores", all_cores, other)
 
 
-def delivery(bench: Bench) -> Iterator[Row]:
+def delivery(bench: Bench) -> None:
     """Shuffled batches of 100, from the array and from the files."""
-
-    def array() -> float:
-        order = np.concatenate([utils.epoch_order(len(bench.images), 0, epoch) for epoch in range(10)])
-        indices = order[: len(order) // 100 * 100].reshape(-1, 100)
-        batches = utils.batches(bench.images, indices, torch.device("cpu"))
-        return bench.rate(indices.size, lambda: sum(len(batch) for batch in batches))
-
-    def files() -> float:
-        loader = bench.loader()
-        batches, n = iter(loader), min(10, len(loader) - 1)
-        next(batches)
-        return bench.rate(n * 100, lambda: [next(batches) for _ in range(n)])
-
-    (rate, decoded), (_, ratio) = in_turns(bench.rounds, array, files)
-    against = f"ImageFolder, DataLoader with one worker, {decoded:.0f} images/s"
-    yield Row("batches of 100 from the array", f"{rate:.0f} images/s", against, f"{ratio:.0f}", ">= 100")
+    other = ("ImageFolder, one worker", partial(files_rate, bench, 10, len), ">= 100")
+    array = partial(array_rate, bench.images, 10, len)
+    bench.compare("batches of 100 from the array", array, other)
 
 
-def deliver_and_watch(path: Path) -> tuple[float, float, float]:
-    """images/s of shuffled batches from an array like CelebA's; own memory in MB after 20 batches, and at most."""
-    images = np.memmap(path, np.uint8, "r").reshape(CELEBA_SHAPE)
-    order = utils.epoch_order(len(images), 0, 0)
-    indices = order[: len(order) // 100 * 100].reshape(-1, 100)
-    first = most = 0.0
-    start = time.perf_counter()
-    for n, _ in enumerate(utils.batches(images, indices, torch.device("cpu")), 1):
-        if n % 20 == 0:
-            most = max(most, status_mb("RssAnon"))
-            first = first or most
-    return n * 100 / (time.perf_counter() - start), first, most
+def watch_delivery(path: Path) -> tuple[float, float, float]:
+    """images/s of an epoch of such batches; own memory in MB after 20 of them, and at most."""
+    images, used = np.memmap(path, np.uint8, "r", shape=CELEBA_SHAPE), []
+    n = itertools.count()
+    note = lambda _: next(n) % 20 or used.append(status_mb("RssAnon"))  # noqa: E731
+    return array_rate(images, 1, note), used[1], max(used)
 
 
-def celeba_size(bench: Bench) -> Iterator[Row]:
+def celeba_size(bench: Bench) -> None:
     """An epoch over an array of the size of CelebA."""
     path, rng = bench.folder / "celeba.u8", np.random.default_rng(0)
     with path.open("wb") as file:
         for _ in range(CELEBA_SHAPE[0]):
             file.write(rng.bytes(64 * 64 * 3))
-    rate, first, most = apart(deliver_and_watch, path)
+    speed, first, most = apart(watch_delivery, path)
     path.unlink()
-    yield Row("an epoch's batches of 100 from 202,599 images (2.5 GB)", f"{rate:.0f} images/s")
-    yield Row("own memory (RssAnon) meanwhile, most", f"{most:.0f} MB", f"after 20 batches, {first:.0f} MB")
+    show("batches of 100 from an array of 202,599 images (2.5 GB)", f"{speed:,.0f} images/s")
+    show("own memory (RssAnon) meanwhile, most", f"{most:.0f} MB", f"at first {first:.0f} MB")
 
 
-def training(bench: Bench) -> Iterator[Row]:
+def training(bench: Bench) -> None:
     """main.py's own loop against the step alone and against the predecessor's."""
+    images = utils.put_on_device(bench.images, bench.world.device)
     for mode, demand in (("gan", ">= 1.7 on a CPU"), ("mmd", ">= 1.35 on a CPU")):
-        wae, old = bench.wae(f"--mode={mode}"), Predecessor(bench.wae(f"--mode={mode}"))
-        images = utils.put_on_device(bench.images, bench.world.device)
-        wae.prepare_training()
-        x = wae.to_input(bench.batch(100))
-        wae.train_step(x, wae.sample_prior(100)), old.step(x.contiguous())
-        measure = (partial(loop_rate, bench, wae, images), partial(memory_rate, bench, wae, x))
-        rates, ratios = in_turns(bench.rounds, *measure, partial(predecessor_rate, bench, old))
-        name, figure = f"training, {mode}, nf {bench.nf}, batch 100", f"{rates[0]:.1f} images/s"
-        yield Row(name, figure, f"in memory, {rates[1]:.1f} images/s", f"{ratios[1]:.3f}", ">= 0.97")
-        yield Row(name, figure, f"predecessor, {rates[2]:.1f} images/s", f"{ratios[2]:.2f}", demand)
+        run = bench.run(f"--mode={mode}")
+        old = Predecessor(bench.run(f"--mode={mode}", layout=torch.contiguous_format))
+        x = run.to_input(bench.batch(100))
+        main.train_step(run, x, run.sample_prior(100))
+        old.step(x.contiguous())
+        bench.compare(
+            f"training, {mode}, nf {bench.nf}, batch 100",
+            partial(loop_rate, bench, run, images),
+            ("in memory", partial(memory_rate, bench, run, x), ">= 0.97"),
+            ("predecessor", partial(files_rate, bench, bench.steps, old.step), demand),
+        )
 
 
-def peak(bench: Bench) -> Iterator[Row]:
-    """The operations of a step per second, against those of a matrix product; and where the time goes."""
+def peak(bench: Bench) -> None:
+    """The operations of a step per second, against those of a matrix product."""
     size = 8192 if bench.cuda else 2048
     a = torch.randn(size, size, device=bench.world.device)
 
     def product() -> float:
-        torch.set_float32_matmul_precision("high" if bench.cuda else "highest")  # TF32, which convolutions may use
-        rate = bench.rate(5 * 2 * size**3, lambda: [a @ a for _ in range(5)])
+        # TF32 on a GPU, which convolutions may use.
+        torch.set_float32_matmul_precision("high" if bench.cuda else "highest")
+        speed = rate(5 * 2 * size**3 / 1e9, lambda: [a @ a for _ in range(5)])
         torch.set_float32_matmul_precision("highest")
-        return rate
+        return speed
 
     for mode in ("gan", "mmd"):
-        wae = bench.wae(f"--mode={mode}")
-        wae.prepare_training()
-        x, prior = wae.to_input(bench.batch(100)), wae.sample_prior(100)
+        run = bench.run(f"--mode={mode}")
+        x = run.to_input(bench.batch(100))
         with FlopCounterMode(display=False) as counter:
-            wae.train_step(x, prior)
-        per_image = counter.get_total_flops() / 100
-        step = partial(memory_rate, bench, wae, x)
-        (rate, best), (_, ratio) = in_turns(bench.rounds, lambda step=step, n=per_image: step() * n, product)
-        against = f"{'TF32' if bench.cuda else 'fp32'} product, {best / 1e9:.0f} GFLOP/s"
-        name = f"operations of a step, {mode}, nf {bench.nf}"
-        yield Row(name, f"{rate / 1e9:.0f} GFLOP/s ({per_image / 1e9:.2f} an image)", against, f"{ratio:.2f}")
-        shares = ", ".join(f"{op[:60]} {share:.0%}" for op, share in profiled(bench, wae, x, prior)[0][:6])
-        yield Row(f"where the time of a step goes, {mode}", shares)
-
-
-def profiled(bench: Bench, wae: main.WAE, x: Tensor, prior: Tensor) -> tuple[list[tuple[str, float]], float]:
-    """Operators with their shares of the time of a few steps, and the share of time that the GPU is busy."""
-    # On a GPU its kernels alone: to record what launches them would take time of its own.
-    with profile(activities=[ProfilerActivity.CUDA if bench.cuda else ProfilerActivity.CPU]) as profiler:
-        start = time.perf_counter()
-        for _ in range(bench.steps):
-            wae.train_step(x, prior)
-        bench.wait()
-        wall = time.perf_counter() - start
-    events = [e for e in profiler.key_averages() if not e.is_user_annotation]
-    if bench.cuda:
-        events = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    times = {e.key: e.self_device_time_total if bench.cuda else e.self_cpu_time_total for e in events}
-    total = max(sum(times.values()), 1e-9)
-    shares = sorted(((key.removeprefix("aten::"), t / total) for key, t in times.items()), key=lambda pair: -pair[1])
-    return shares, total / 1e6 / wall
+            main.train_step(run, x, run.sample_prior(100))
+        giga = counter.get_total_flops() / 100 / 1e9  # for an image
+        name = f"operations of a step, {mode}, nf {bench.nf}, {giga:.2f} GFLOP an image"
+        other = ("a matrix product", product, "")
+        bench.compare(name, partial(memory_rate, bench, run, x, giga), other, unit="GFLOP/s")
 
 
 def penalty_alone(n: int, kernel: str, cuda: bool, rounds: int) -> tuple[float, float]:
     """Seconds, and MB at most, of the MMD penalty and its gradient for n codes."""
-    device = utils.pick_device(cuda, 0)
-    warm = torch.randn(10, 64, device=device, requires_grad=True)
-    model.mmd_penalty(warm, torch.randn(10, 64, device=device)).backward()
-    codes, prior = torch.randn(n, 64, device=device, requires_grad=True), torch.randn(n, 64, device=device)
+    randn = partial(torch.randn, device=utils.pick_device(cuda, 0))
+    model.mmd_penalty(randn(10, 64, requires_grad=True), randn(10, 64)).backward()
+    codes, prior = randn(n, 64, requires_grad=True), randn(n, 64)
     if not cuda:
         Path("/proc/self/clear_refs").write_text("5")  # lets VmHWM start anew
     before = torch.cuda.memory_allocated() / 1e6 if cuda else status_mb("VmRSS")
-    seconds = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        model.mmd_penalty(codes, prior, kernel).backward()
-        codes.grad[0, 0].item()
-        seconds.append(time.perf_counter() - start)
+    step = partial(rate, 1, lambda: model.mmd_penalty(codes, prior, kernel).backward())
+    seconds = median(1 / step() for _ in range(rounds))
     most = torch.cuda.max_memory_allocated() / 1e6 if cuda else status_mb("VmHWM")
-    return statistics.median(seconds), most - before
+    return seconds, most - before
 
 
-def mmd(bench: Bench) -> Iterator[Row]:
+def mmd(bench: Bench) -> None:
     """The MMD penalty alone."""
-    for kernel in ("IMQ", "RBF"):
-        for n in (100, 1000, 8192):
-            seconds, most = apart(penalty_alone, n, kernel, bench.cuda, bench.rounds)
-            name, demand = f"MMD penalty, {kernel}, {n:,} codes of 64, with gradient", "<= 1500 MB" if n == 8192 else ""
-            yield Row(name, f"{seconds * 1e3:.1f} ms, {most:.0f} MB", demand=demand)
+    for kernel, n in itertools.product(("IMQ", "RBF"), (100, 1000, 8192)):
+        seconds, most = apart(penalty_alone, n, kernel, bench.cuda, bench.rounds)
+        name = f"MMD penalty, {kernel}, {n:,} codes of 64, with gradient"
+        show(name, f"{seconds * 1e3:.1f} ms, {most:.0f} MB", "", "", "<= 1500 MB" * (n == 8192))
 
 
-def start_up(bench: Bench) -> Iterator[Row]:
-    """From the command to the first training step, against the imports alone."""
+def start_up(bench: Bench) -> None:
+    """From the command to the end of the first training step, against the imports alone."""
+    argv = [f"--dataroot={bench.dataroot}", f"--dataset={bench.dataset}", f"--nf={bench.nf}"]
+    argv += [f"--cache_dir={bench.folder}", "--print_every=1", *["--cuda"] * bench.cuda]
     peaks = []
 
     def command() -> float:
         outf = Path(tempfile.mkdtemp(dir=bench.folder))
-        argv = [f"--dataroot={bench.dataroot}", f"--dataset={bench.dataset}", f"--cache_dir={bench.folder}"]
-        argv += [f"--nf={bench.nf}", "--print_every=1", f"--outf={outf}"] + ["--cuda"] * bench.cuda
-        start = time.perf_counter()
-        process = subprocess.Popen(
-            [sys.executable, REPO / "main.py", *argv], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        log = outf / "log.csv"
-        while process.poll() is None and not (log.exists() and log.read_text().count("\n") > 1):
-            time.sleep(0.01)
-        seconds = time.perf_counter() - start
-        peaks.append(status_mb("VmHWM", process.pid))
-        process.kill()
-        process.wait()
+        log, start = outf / "log.csv", time.perf_counter()
+        arguments = [sys.executable, REPO / "main.py", *argv, f"--outf={outf}"]
+        with Popen(arguments, stdout=DEVNULL, stderr=PIPE) as process:
+            while not (log.exists() and log.read_text().count("\n") > 1):
+                if process.poll() is not None:
+                    raise RuntimeError(process.stderr.read().decode())
+                time.sleep(0.01)
+            seconds = time.perf_counter() - start
+            peaks.append(status_mb("VmHWM", process.pid))
+            process.kill()
         return seconds
 
-    def imports() -> float:
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "import torch, torchvision"], check=True)
-        return time.perf_counter() - start
-
-    (seconds, least), (_, ratio) = in_turns(bench.rounds, command, imports)
-    against = f"import torch, torchvision, {least:.1f} s"
-    yield Row("from the command to the end of the first step", f"{seconds:.1f} s", against, f"{ratio:.2f}")
-    yield Row("memory (VmHWM) after the first step", f"{statistics.median(peaks):.0f} MB")
+    imports = [sys.executable, "-c", "import torch, torchvision"]
+    other = (imports[2], lambda: 1 / rate(1, lambda: Popen(imports).wait()), "")
+    bench.compare("from the command to the first step's end", command, other, unit="s")
+    show("memory (VmHWM) after the first step", f"{median(peaks):.0f} MB")
 
 
-def choices(bench: Bench) -> Iterator[Row]:
+def choices(bench: Bench) -> None:
     """What fused Adam and channels last are worth."""
-    usual, unfused, planes = (bench.wae("--mode=mmd") for _ in range(3))
-    unfused.optimizer = torch.optim.Adam(unfused.optimizer.param_groups[0]["params"], 3e-4, betas=(0.5, 0.999))
-    for network in planes.networks().values():
-        network.to(memory_format=torch.contiguous_format)
+    usual, unfused = bench.run("--mode=mmd"), bench.run("--mode=mmd")
+    planes = bench.run("--mode=mmd", layout=torch.contiguous_format)
+    unfused.optimizers["net"] = torch.optim.Adam(unfused.net.parameters(), lr=3e-4, fused=False)
     x = usual.to_input(bench.batch(100))
-    pairs = [(usual, x), (unfused, x), (planes, x.contiguous())]
-    for wae, images in pairs:
-        wae.prepare_training()
-        wae.train_step(images, wae.sample_prior(100))
-    rates, ratios = in_turns(bench.rounds, *(partial(memory_rate, bench, *pair) for pair in pairs))
-    figure = f"{rates[0]:.1f} images/s"
-    yield Row(f"fused Adam, mmd, nf {bench.nf}", figure, f"unfused, {rates[1]:.1f} images/s", f"{ratios[1]:.2f}")
-    yield Row(f"channels last, mmd, nf {bench.nf}", figure, f"contiguous, {rates[2]:.1f} images/s", f"{ratios[2]:.2f}")
+    rates = []
+    for run, images in ((usual, x), (unfused, x), (planes, x.contiguous())):
+        main.train_step(run, images, run.sample_prior(100))
+        rates.append(partial(memory_rate, bench, run, images))
+    others = (("Adam not fused", rates[1], ""), ("contiguous", rates[2], ""))
+    bench.compare(f"fused Adam, channels last, mmd, nf {bench.nf}", rates[0], *others)
 
 
-def gpu(bench: Bench) -> Iterator[Row]:
-    """On a GPU: precision, compilation, batch size, memory, and how busy it is."""
-    if not bench.cuda:
-        return
-    settings = {"fp32": (), "amp": ("--amp",), "amp, compiled": ("--amp", "--compile")}
-    for arch, mode, n in itertools.product(("dcgan", "paper"), ("gan", "mmd"), (100, 1024)):
+def gpu(bench: Bench) -> None:
+    """On a GPU: what bfloat16, compilation and larger batches are worth, and memory in a step."""
+    sizes = (100, 1024) if bench.cuda else ()
+    for arch, mode, n in itertools.product(("dcgan", "paper"), ("gan", "mmd"), sizes):
         torch.compiler.reset()  # it compiles a function for a limited number of networks
-        flags = (f"--mode={mode}", f"--arch={arch}", f"--batch_size={n}")
-        waes = {name: bench.wae(*flags, *more) for name, more in settings.items()}
-        images, used = bench.batch(bench.steps * n), {}
-        for name, wae in waes.items():
-            loop_rate(bench, wae, images)  # in which cuDNN chooses and torch.compile compiles
+        images, loops = bench.batch(bench.steps * n), {}
+        for more in ((), ("--amp",), ("--amp", "--compile")):
+            flags = (f"--mode={mode}", f"--arch={arch}", f"--batch_size={n}", *more)
+            loop = partial(loop_rate, bench, bench.run(*flags), images)
+            loop()  # in which cuDNN chooses and torch.compile compiles
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            _, busy = profiled(bench, wae, wae.to_input(images[:n]), wae.sample_prior(n))
+            loop()
             most = (torch.cuda.max_memory_allocated() - before) / 1e6
-            used[name] = f"{most:.0f} MB in a step, GPU busy {busy:.0%}"
-        rates, ratios = in_turns(bench.rounds, *(partial(loop_rate, bench, wae, images) for wae in waes.values()))
-        for name, rate, ratio in zip(waes, rates, ratios, strict=True):
-            against = f"fp32, {rates[0]:.0f} images/s" if name != "fp32" else ""
-            label = f"training, {mode}, {arch}, nf {bench.nf}, batch {n}, {name}"
-            yield Row(label, f"{rate:.0f} images/s; {used[name]}", against, f"{1 / ratio:.2f}" if against else "")
+            loops[f"training, nf {bench.nf}, {' '.join(flags)}; {most:.0f} MB in a step"] = loop
+        for name, loop in loops.items():
+            bench.compare(name, loop, ("float32", next(iter(loops.values())), ""))
 
 
 # Processes are forked to build the array, and so before anything else has started threads.
-ROWS = {f.__name__: f for f in (build, delivery, celeba_size, training, peak, mmd, start_up, choices, gpu)}
+ROWS = (build, delivery, celeba_size, training, peak, mmd, start_up, choices, gpu)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# The program
-
-
-def machine() -> str:
-    """The machine and the versions, in a line."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "")
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "no GPU"
-    versions = f"Python {platform.python_version()}, PyTorch {torch.__version__}, torchvision {torchvision.__version__}"
-    return f"{cpu or platform.machine()}, {utils.n_cores()} cores, {device}; {versions}, NumPy {np.__version__}"
-
-
-def run() -> None:
-    """Measures what the command line asks for."""
+def execute() -> int:
+    """Does what the command line asks. Returns the exit status."""
     if "--train_predecessor" in sys.argv:
-        return train_predecessor([a for a in sys.argv[1:] if a != "--train_predecessor"])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cuda", action="store_true", help="train on the GPU")
-    parser.add_argument("--dataroot", type=Path, help="folder of folders of images (default: toy faces, made for this)")
-    parser.add_argument("--dataset", choices=("celebA", "folder"), default="celebA", help="how they are cut")
-    parser.add_argument("--n_images", type=int, default=4000, help="toy faces (default: 4000)")
-    parser.add_argument("--nf", type=int, default=128, help="width of the networks (default: 128)")
-    parser.add_argument("--only", help=f"rows, with commas between them, of {', '.join(ROWS)} (default: all)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that a median is of (default: 5)")
-    parser.add_argument("--steps", type=int, help="training steps in a round (default: 10, on a GPU 50)")
+        sys.argv.remove("--train_predecessor")
+        sys.argv.append("--ngpu=1")  # several processes would run main.py itself
+        main.train = train_predecessor
+        return main.main()
+    rows, how = {row.__name__: row for row in ROWS}, argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    add = parser.add_argument
+    add("--cuda", action="store_true", help="train on the GPU")
+    add("--dataroot", type=Path, help="folder of folders of images (default: 4000 toy faces)")
+    add("--dataset", choices=("celebA", "folder"), default="celebA", help="how they are cut")
+    add("--nf", type=int, default=128, help="width of the networks (default: 128)")
+    add("--only", default=",".join(rows), help="rows, with commas between (default: %(default)s)")
+    add("--rounds", type=int, default=5, help="rounds that a median is of (default: 5)")
+    add("--steps", type=int, help="training steps in a round (default: 10, on a GPU 50)")
     options = parser.parse_args()
-    names = options.only.split(",") if options.only else list(ROWS)
-    if unknown := set(names) - set(ROWS):
+    names = options.only.split(",")
+    if unknown := set(names) - set(rows):
         parser.error(f"--only: no row is called {', '.join(unknown)}")
-
     torch.backends.cudnn.benchmark = True  # as in main.py
-    print(f"{machine()}\n\n| what | measured | compared with | ratio | demanded |\n|---|---|---|---|---|", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    device = torch.cuda.get_device_name(0) if options.cuda else "no GPU"
+    with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):  # no bars
         bench = Bench(options, Path(folder))
+        print(f"{cpu[1] if cpu else 'CPU'}, {utils.n_cores()} cores, {device}; ", end="")
+        print(f"PyTorch {torch.__version__}, torchvision {torchvision.__version__}\n")
+        show("what", "measured", "compared with", "ratio", "demanded")
+        show(*["---"] * 5)
         for name in names:
-            for row in ROWS[name](bench):
-                print(f"| {' | '.join(row)} |", flush=True)
-    return None
+            rows[name](bench)
+    return 0
 
 
 if __name__ == "__main__":
-    run()
+    sys.exit(execute())
