@@ -62,7 +62,7 @@ MODE_DEFAULTS = {
 # Flags that define a run. They are stored in the checkpoint and cannot change when it continues.
 FIXED = (
     *("dataset", "crop", "image_size", "n_test", "batch_size", "mode", "arch", "nz", "nf", "noise"),
-    *("input_normalize_sym", "LAMBDA", "pz_scale", "cost", "kernel", "imq_scales"),
+    *("input_normalize_sym", "LAMBDA", "pz_scale", "cost", "kernel", "imq_scales", "quadratic"),
     *("nowozin_trick", "lr", "lr_adv", "beta1", "lr_schedule", "e_pretrain"),
     *("e_pretrain_sample_size", "e_pretrain_iters", "seed"),
 )
@@ -166,6 +166,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("--imq_scales", type=positive_numbers, default=model.IMQ_SCALES, metavar="X,X,...",
         help="mmd: scales of the IMQ kernels that are summed; 1 alone is the paper's "
              "(default: 0.1,0.2,0.5,1,2,5,10, the official code's)")
+    add("--quadratic", type=at_least(float, 0), default=0.0, metavar="X",
+        help="mmd: add X (z.z')^2 / (nz PZ_SCALE^4) to the kernel, which then sees directions that "
+             "the codes do not use (default: 0.0)")
     add("--nowozin_trick", action=Switch, default=False,
         help="gan: add the prior's log density to the discriminator's logit")
 
@@ -440,7 +443,8 @@ def train_step(run: Run, x: Tensor, prior: Tensor) -> Tensor:
     elif flags.mode == "mmd":
         # Algorithm 2: update Q and G by descending 1/n sum_i c(x_i, G(z~_i)) + LAMBDA MMD^2(z, z~).
         all_codes = utils.gather(codes, world)
-        penalty = run.mmd_penalty(all_codes, prior, flags.kernel, flags.pz_scale, flags.imq_scales)
+        kernel = (flags.kernel, flags.pz_scale, flags.imq_scales, flags.quadratic)
+        penalty = run.mmd_penalty(all_codes, prior, *kernel)
     else:
         # VAE: update Q and G by descending 1/n sum_i c(x_i, G(z~_i)) + LAMBDA KL(Q(Z|x_i) || P_Z).
         penalty = model.kl_divergence(mean, log_variance, flags.pz_scale)

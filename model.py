@@ -245,6 +245,15 @@ def rbf_kernel(d2: Tensor, variance: Tensor | float) -> Tensor:
     return torch.exp(-d2 / (2 * variance))
 
 
+def quadratic_kernel(a: Tensor, b: Tensor, pz_scale: float) -> Tensor:
+    """(a_i . b_j)^2 / (nz pz_scale^4) for points (N, nz) and (M, nz), as (N, M).
+
+    Its MMD^2 is |E[z z^T] - pz_scale^2 I|^2 / (nz pz_scale^4): it sees each direction of the codes.
+    In many dimensions the other kernels see little but the mean of the distances.
+    """
+    return (a @ b.T).square() / (a.shape[1] * pz_scale**4)
+
+
 @torch.no_grad()
 def median_bandwidth(codes: Tensor, prior: Tensor) -> Tensor:
     """The RBF variance: the median squared distance of the pooled points; a scalar, no gradient.
@@ -263,6 +272,7 @@ def mmd_penalty(
     kernel: str = "IMQ",
     pz_scale: float = 1.0,
     scales: tuple[float, ...] = IMQ_SCALES,
+    quadratic: float = 0.0,
 ) -> Tensor:
     """Unbiased estimate of MMD^2 between the codes and the prior (Algorithm 2); a scalar.
 
@@ -289,7 +299,11 @@ def mmd_penalty(
 
     def k(a: Tensor, b: Tensor) -> Tensor:
         d2 = squared_distances(a, b)
-        return rbf_kernel(d2, variance) if kernel == "RBF" else imq_kernel(d2, nz, pz_scale, scales)
+        if kernel == "RBF":
+            values = rbf_kernel(d2, variance)
+        else:
+            values = imq_kernel(d2, nz, pz_scale, scales)
+        return values + quadratic * quadratic_kernel(a, b, pz_scale) if quadratic else values
 
     def statistic(points: Tensor, first: int, rows: int) -> Tensor:
         """What rows `first` to `first + rows` of the kernel matrices add, for codes `points`."""

@@ -603,3 +603,23 @@ def test_sharpness_is_the_variance_of_the_laplace_filtered_grey_image():
     blurred = F.avg_pool2d(images, 3, stride=1, padding=1)
     assert (utils.sharpness(images) > 5 * utils.sharpness(blurred)).all()
     assert utils.sharpness(torch.full((1, 3, 16, 16), 0.3)).item() == pytest.approx(0, abs=1e-9)
+
+
+def test_the_quadratic_kernel_measures_the_second_moments():
+    """Its MMD^2 is the squared distance of E[z z^T] from the prior's, which unused directions raise."""
+    nz, scale, n = 8, 1.5, 400
+    torch.manual_seed(0)
+    codes = scale * torch.randn(n, nz) * torch.tensor([0.0] * 2 + [1.0] * 6)
+    estimates = []
+    for _ in range(200):
+        prior = model.sample_prior(n, nz, scale)
+        with_it = model.mmd_penalty(codes, prior, "IMQ", scale, quadratic=0.5)
+        estimates.append(with_it - model.mmd_penalty(codes, prior, "IMQ", scale))
+    # The U-statistic leaves out products of a code with itself.
+    gram = (codes @ codes.T).square()
+    second = (gram.sum() - gram.diagonal().sum()) / (n * (n - 1))
+    expected = second - 2 * scale**2 * codes.square().sum(1).mean() + nz * scale**4
+    expected = 0.5 * expected / (nz * scale**4)
+    estimates = torch.stack(estimates)
+    assert expected > 0.1  # two of eight directions
+    assert abs(estimates.mean() - expected) < 4 * estimates.std() / len(estimates) ** 0.5
