@@ -55,7 +55,7 @@ MIXTURE = 10  # Gaussians in the mixture that is fitted to the codes (Ghosh et a
 
 MODE_DEFAULTS = {
     "gan": {"LAMBDA": 10.0, "noise": "add_noise"},
-    "mmd": {"LAMBDA": 100.0, "noise": "gaussian"},
+    "mmd": {"LAMBDA": 100.0, "noise": "add_noise"},
     "vae": {"LAMBDA": 1.0, "noise": "gaussian"},
 }
 
@@ -68,7 +68,7 @@ FIXED = (
 )
 
 # Flags of a single command. All others are stored too, and --checkpoint takes them over.
-PER_COMMAND = ("checkpoint", "outf", "evaluate", "fid")
+PER_COMMAND = ("checkpoint", "outf", "evaluate", "fid", "help")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,7 +149,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--noise", choices=("deterministic", "add_noise", "gaussian"),
         help="randomness of the encoder. deterministic: none; add_noise: on the pixels while "
              "training; gaussian: a Gaussian code, always so for vae "
-             "(default: add_noise for gan, gaussian for mmd and vae)")
+             "(default: add_noise, and gaussian for vae)")
     add("--input_normalize_sym", action=Switch, default=False,
         help="the networks work in [-1, 1] with a tanh, not in [0, 1] with a sigmoid")
 
@@ -227,8 +227,10 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def as_arguments(stored: dict[str, Any]) -> Iterator[str]:
-    """The flags of a checkpoint as one would type them."""
+    """The flags of a checkpoint as one would type them, but for those of a single command."""
     for name, value in stored.items():
+        if name in PER_COMMAND:
+            continue
         if isinstance(value, bool):
             yield f"--{name}" if value else f"--no-{name}"
         elif value is not None:
