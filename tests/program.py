@@ -5,6 +5,7 @@ A server imports main.py, uses nothing of it, and forks for each command line. T
 can be signalled and killed.
 """
 
+import atexit
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -33,6 +34,7 @@ def start(target: Callable[..., None], *args: object) -> multiprocessing.process
         os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
     process = CONTEXT.Process(target=target, args=args)
     process.start()
+    atexit.register(process.kill)  # where a test failed, it may have no end
     return process
 
 

@@ -125,8 +125,8 @@ def test_the_command_line_of_the_predecessor(toy_faces, tmp_path):
 
 
 def test_the_log_has_a_row_for_each_print_and_each_epoch(toy_faces, tmp_path):
-    flags = ("--mode=mmd", "--print_every=2", "--sample_every=2", "--lr=0.001")
-    outf = train(tmp_path, toy_faces, "--niter=3", *flags)
+    flags = ("--mode=mmd", "--noise=gaussian", "--print_every=2", "--sample_every=2")
+    outf = train(tmp_path, toy_faces, "--niter=3", "--lr=0.001", *flags)
     log, tests = rows(outf), main.METRICS
     steps = ["reconstruction", "penalty", "discriminator", "lr", "images_per_s"]
     assert list(log[0]) == ["epoch", "step", *steps, *tests]
@@ -209,18 +209,17 @@ def test_modes_kernels_noises_and_networks(flags, toy_faces, tmp_path):
     assert 0.05 < fake.mean() < 0.95  # near the middle of the range, in both normalisations
 
 
-def test_flags_of_the_objective_reach_the_first_step(trained, toy_faces, tmp_path):
+def test_flags_of_the_objective_reach_the_first_step(toy_faces, tmp_path):
     """From the same weights, images and draws: each flag changes its own term alone."""
 
-    def first(*flags: str) -> dict[str, str]:
-        return rows(train(tmp_path, toy_faces, *flags, name=str(len(list(tmp_path.iterdir())))))[0]
+    def first(number: int, flags: str) -> dict[str, str]:
+        common = ("--mode=mmd", "--noise=gaussian")
+        return rows(train(tmp_path, toy_faces, *common, *flags.split(), name=str(number)))[0]
 
-    imq = rows(trained["mmd"])[0]
-    others = [first("--mode=mmd", flag) for flag in ("--kernel=RBF", "--imq_scales=1")]
-    vae = first("--mode=vae")
-    assert {row["reconstruction"] for row in (imq, *others, vae)} == {imq["reconstruction"]}
-    assert len({row["penalty"] for row in (imq, *others, vae)}) == 4
-    l2 = first("--mode=mmd", "--cost=l2")
+    flags = ("", "--kernel=RBF", "--imq_scales=1", "--quadratic=1", "--mode=vae", "--cost=l2")
+    imq, *others, l2 = itertools.starmap(first, enumerate(flags))
+    assert {row["reconstruction"] for row in others} == {imq["reconstruction"]}
+    assert len({row["penalty"] for row in (imq, *others)}) == 5
     assert imq["penalty"] == l2["penalty"]
     # The mean of 0.2 |d| is at most 0.2 sqrt(mean |d|^2); the other log has the mean of 0.05 |d|^2.
     bound = 0.2 * (float(imq["reconstruction"]) / 0.05) ** 0.5
