@@ -246,12 +246,20 @@ def rbf_kernel(d2: Tensor, variance: Tensor | float) -> Tensor:
 
 
 def quadratic_kernel(a: Tensor, b: Tensor, pz_scale: float) -> Tensor:
-    """(a_i . b_j)^2 / (nz pz_scale^4) for points (N, nz) and (M, nz), as (N, M).
+    """(a'_i . b'_j)^2 / (nz pz_scale^4) for points (N, nz) and (M, nz), as (N, M).
 
-    Its MMD^2 is |E[z z^T] - pz_scale^2 I|^2 / (nz pz_scale^4): it sees each direction of the codes.
-    In many dimensions the other kernels see little but the mean of the distances.
+    Its MMD^2 compares the second moments E[z' z'^T], and so it sees each direction of the codes; in
+    many dimensions the other kernels see little but the mean of the distances. The points are
+    shrunk to z' = z sqrt(2 / (1 + |z|^2 / (nz pz_scale^2))), which leaves prior draws about as long
+    as they are and bounds the kernel: without it, a few long codes can make training diverge.
     """
-    return (a @ b.T).square() / (a.shape[1] * pz_scale**4)
+    nz = a.shape[1]
+
+    def shrunk(z: Tensor) -> Tensor:
+        length2 = z.square().sum(1, keepdim=True) / (nz * pz_scale**2)
+        return z * (2 / (1 + length2)).sqrt()
+
+    return (shrunk(a) @ shrunk(b).T).square() / (nz * pz_scale**4)
 
 
 @torch.no_grad()

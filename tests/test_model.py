@@ -605,21 +605,33 @@ def test_sharpness_is_the_variance_of_the_laplace_filtered_grey_image():
     assert utils.sharpness(torch.full((1, 3, 16, 16), 0.3)).item() == pytest.approx(0, abs=1e-9)
 
 
-def test_the_quadratic_kernel_measures_the_second_moments():
-    """Its MMD^2 is the squared distance of E[z z^T] from the prior's, which unused directions raise."""
-    nz, scale, n = 8, 1.5, 400
-    torch.manual_seed(0)
+def test_the_quadratic_kernel_measures_second_moments_of_shrunk_codes():
+    """With its weight, it adds the MMD of (x . y)^2 by pairs, which unused directions raise."""
+    nz, scale, n = 8, 1.5, 30
     codes = scale * torch.randn(n, nz) * torch.tensor([0.0] * 2 + [1.0] * 6)
-    estimates = []
-    for _ in range(200):
-        prior = model.sample_prior(n, nz, scale)
-        with_it = model.mmd_penalty(codes, prior, "IMQ", scale, quadratic=0.5)
-        estimates.append(with_it - model.mmd_penalty(codes, prior, "IMQ", scale))
-    # The U-statistic leaves out products of a code with itself.
-    gram = (codes @ codes.T).square()
-    second = (gram.sum() - gram.diagonal().sum()) / (n * (n - 1))
-    expected = second - 2 * scale**2 * codes.square().sum(1).mean() + nz * scale**4
-    expected = 0.5 * expected / (nz * scale**4)
-    estimates = torch.stack(estimates)
-    assert expected > 0.1  # two of eight directions
-    assert abs(estimates.mean() - expected) < 4 * estimates.std() / len(estimates) ** 0.5
+    prior = model.sample_prior(n, nz, scale)
+    q, p = (
+        z * (2 / (1 + z.square().sum(1) / (nz * scale**2))).sqrt()[:, None] for z in (codes, prior)
+    )
+    k = lambda x, y: (x @ y).item() ** 2 / (nz * scale**4)  # noqa: E731
+    pairs = [(i, j) for i in range(n) for j in range(n)]
+    same = sum(k(q[i], q[j]) + k(p[i], p[j]) for i, j in pairs if i != j) / (n * (n - 1))
+    expected = same - 2 * sum(k(q[i], p[j]) for i, j in pairs) / n**2
+    plain = model.mmd_penalty(codes, prior, "IMQ", scale)
+    added = model.mmd_penalty(codes, prior, "IMQ", scale, quadratic=0.5) - plain
+    assert added.item() == pytest.approx(0.5 * expected, abs=1e-5)
+
+    many = scale * torch.randn(2000, nz)
+    unused = many * torch.tensor([0.0] * 2 + [(8 / 6) ** 0.5] * 6)  # as long, on average
+    prior = model.sample_prior(2000, nz, scale)
+    full, flat = (model.mmd_penalty(z, prior, "IMQ", scale, quadratic=1.0) for z in (many, unused))
+    assert flat > 0.2 > 10 * full.abs()
+
+
+def test_the_quadratic_kernel_is_bounded():
+    """However long the codes are, and whatever the unit of the latent space."""
+    codes, prior = 1e6 * torch.randn(50, 8), torch.randn(50, 8)
+    bound = (2 * 8) ** 2 / 8
+    assert model.quadratic_kernel(codes, codes, 1.0).max() <= bound * 1.001
+    scaled = model.quadratic_kernel(3 * codes, 3 * prior, 3.0)
+    torch.testing.assert_close(scaled, model.quadratic_kernel(codes, prior, 1.0))
