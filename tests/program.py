@@ -112,7 +112,7 @@ class Program:
     def messages(self) -> list[str]:
         """The lines on standard error that are no progress bar."""
         lines = [line.split("\r")[-1] for line in self.err.splitlines()]
-        bars = ("%|", "?img/s", "0batch [")
+        bars = ("%|", "?img/s", "batch [")
         return [line for line in lines if line.strip() and not any(bar in line for bar in bars)]
 
 

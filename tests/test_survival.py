@@ -519,12 +519,12 @@ def test_codes_of_a_singular_or_huge_covariance_are_evaluated(flags, toy_faces, 
 # Full disks, folders that cannot be written
 
 
-LIMITS = [(20_000, "checkpoint.pth.tar"), (8_000, ".png"), (250, "args.json")]
+LIMITS = [(200_000, ".pth.tar"), (8_000, ".png"), (250, "args.json")]
 
 
 @pytest.mark.parametrize(("max_bytes", "name"), LIMITS)
 def test_a_full_disk_leaves_the_checkpoint_whole(max_bytes, name, trained, tmp_path):
-    outf, resume = continued(trained["mmd"], tmp_path)
+    outf, resume = continued(trained["gan"], tmp_path)
     before = contents(outf)
     program = run(tmp_path, resume, "--niter=2", max_bytes=max_bytes)
     assert program.wait() == 1
