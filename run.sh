@@ -37,7 +37,8 @@ reproduce)
     celeba
     train=(python3 main.py --dataroot=data/celebA --dataset=celebA --gpu_id=0 --cuda --e_pretrain)
     "${train[@]}" --mode=gan --noise=add_noise --LAMBDA=10 --lr=0.0003 --outf=gan_outputs "${@:2}"
-    "${train[@]}" --mode=mmd --noise=gaussian --LAMBDA=100 --lr=0.001 --outf=mmd_outputs "${@:2}"
+    "${train[@]}" --mode=mmd --noise=add_noise --LAMBDA=100 --quadratic=0.3 --lr=0.001 \
+        --outf=mmd_outputs "${@:2}"
     ;;
 paper)
     celeba
@@ -56,7 +57,7 @@ demo)
     train+=(--lr=0.001 --lr_adv=0.001 --lr_schedule=scaled)
     demo=${DEMO_OUTPUTS:-demo_outputs}
     "${train[@]}" --mode=gan --outf="$demo/gan" "${@:2}"
-    "${train[@]}" --mode=mmd --outf="$demo/mmd" "${@:2}"
+    "${train[@]}" --mode=mmd --quadratic=0.3 --outf="$demo/mmd" "${@:2}"
     echo "Look at these pictures:"
     for model in gan mmd; do
         ls -t "$demo/$model"/fake_samples_epoch_*.png | head -n 1
