@@ -464,7 +464,7 @@ def test_what_ends_a_build_leaves_nothing_in_the_way_of_the_next(tmp_path, numbe
     root = many(tmp_path / "data", 400)
     builder = start_to_build(tmp_path, root)
     builder.kill(number)
-    assert builder.wait(20) == status
+    assert builder.wait(60) == status
     assert not arrays(root) and "Traceback" not in builder.err
     if number != signal.SIGKILL:
         assert builder.messages == ["main.py: interrupted"]
@@ -474,7 +474,7 @@ def test_what_ends_a_build_leaves_nothing_in_the_way_of_the_next(tmp_path, numbe
     if number == signal.SIGTERM:
         n, _ = 401, save(root / "faces" / "new.png", noise(20, 20))
     again = Program(tmp_path, f"--dataroot={root}", f"--outf={tmp_path}/out", *LOAD_ONLY)
-    assert again.wait(60) == 2 and f"{n} images are too few" in again.messages[-1]
+    assert again.wait(120) == 2 and f"{n} images are too few" in again.messages[-1]
     assert len(arrays(root)) == 1 and not list(root.glob(".*.tmp"))
 
 
