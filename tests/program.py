@@ -48,7 +48,8 @@ def _main(argv: list[str], folder: Path, options: dict) -> None:
             setattr(sys, name, None)
         else:
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-            setattr(sys, name, open(number, "w", closefd=False))  # which knows a file from a pipe
+            # A stream of its own, which knows a file from a pipe.
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
     if "max_bytes" in options:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does: the write fails
         resource.setrlimit(resource.RLIMIT_FSIZE, (options["max_bytes"],) * 2)

@@ -148,7 +148,7 @@ def test_gradients_are_those_of_one_process(size: int, tmp_path: Path) -> None:
             scale = gradient.abs().max()
             assert scale > 1e-6, f"nothing to compare: {name}"
             difference = (found[name] - gradient).abs().max()
-            assert difference <= 1e-5 * scale, f"{name}, process {rank}"
+            assert difference <= 5e-5 * scale, f"{name}, process {rank}"
 
 
 def cubes(x: torch.Tensor, rank: int) -> torch.Tensor:
