@@ -56,7 +56,7 @@ MIXTURE = 10  # Gaussians in the mixture that is fitted to the codes (Ghosh et a
 MODE_DEFAULTS = {
     "gan": {"LAMBDA": 10.0, "noise": "add_noise"},
     "mmd": {"LAMBDA": 100.0, "noise": "add_noise"},
-    "vae": {"LAMBDA": 1.0, "noise": "gaussian"},
+    "vae": {"LAMBDA": 0.2, "noise": "gaussian"},
 }
 
 # Flags that define a run. They are stored in the checkpoint and cannot change when it continues.
@@ -156,7 +156,7 @@ def get_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("objective").add_argument
     add("--LAMBDA", type=at_least(float, 0), metavar="X",
         help="weight of the penalty; for vae, a tenth of the decoder's variance, for pixels in "
-             "[-1, 1] (default: 10 for gan, 100 for mmd, 1 for vae)")
+             "[-1, 1] (default: 10 for gan, 100 for mmd, 0.2 for vae)")
     add("--pz_scale", type=positive, default=1.0, metavar="X",
         help="standard deviation of the prior (default: 1.0)")
     add("--cost", default="l2sq", choices=("l2sq", "l2", "l1"),

@@ -43,7 +43,7 @@ reproduce)
 paper)
     celeba
     train=(python3 main.py --dataroot=data/celebA --cuda --arch=paper --input_normalize_sym --pz_scale=1.4142)
-    "${train[@]}" --mode=vae --LAMBDA=1 --lr=0.0001 --outf=paper_outputs/vae "${@:2}"
+    "${train[@]}" --mode=vae --lr=0.0001 --outf=paper_outputs/vae "${@:2}"
     "${train[@]}" --mode=mmd --noise=add_noise --LAMBDA=100 --imq_scales=1 --lr=0.001 --e_pretrain \
         --outf=paper_outputs/mmd "${@:2}"
     "${train[@]}" --mode=gan --noise=add_noise --LAMBDA=1 --lr=0.0003 --lr_adv=0.001 --e_pretrain \
