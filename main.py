@@ -675,6 +675,8 @@ def test_metrics(run: Run, images: Images) -> tuple[dict[str, float], Tensor]:
         if log_variance is not None:
             variances.append(log_variance.exp().mean(1))
     codes = torch.cat(codes)
+    if not codes.isfinite().all():
+        raise UserError(f"the codes are not finite; {DIVERGED}")
     eigenvalues, _ = model.covariance_eigenvalues(codes)
     metrics = {
         "test_mse": torch.cat(errors).mean(),

@@ -237,6 +237,7 @@ def start_worker(_number: int) -> None:
     """Prepares a worker: Ctrl-C is the main process's, and Pillow's warnings are no news."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
+    end_with_parent()  # or it would keep the lock of the array
 
 
 def build_array(
@@ -282,10 +283,11 @@ def read_array(target: Path, size: int, n_files: int) -> tuple[np.ndarray, list[
         skipped = json.loads(target.with_suffix(".json").read_text())["skipped"]
         array = np.load(target, mmap_mode="r") if target.is_file() else None
         n_bytes = array.offset + array.nbytes
-    except (OSError, ValueError, EOFError, KeyError, TypeError, AttributeError):
+        shape = (n_files - len(skipped), size, size, 3)
+        whole = array.dtype == np.uint8 and array.shape == shape
+        return (array, skipped) if whole and target.stat().st_size == n_bytes else None
+    except Exception:  # NumPy fails on broken files in many ways
         return None
-    whole = array.dtype == np.uint8 and array.shape == (n_files - len(skipped), size, size, 3)
-    return (array, skipped) if whole and target.stat().st_size == n_bytes else None
 
 
 def load_images(

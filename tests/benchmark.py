@@ -33,6 +33,8 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import ImageFolder
@@ -382,9 +384,21 @@ def gpu(bench: Bench) -> None:
             torch.cuda.reset_peak_memory_stats()
             loop()
             most = (torch.cuda.max_memory_allocated() - before) / 1e6
-            loops[f"training, nf {bench.nf}, {' '.join(flags)}; {most:.0f} MB in a step"] = loop
+            used = f"{most:.0f} MB in a step, GPU busy {busy(bench, flags):.0%}"
+            loops[f"training, nf {bench.nf}, {' '.join(flags)}; {used}"] = loop
         for name, loop in loops.items():
             bench.compare(name, loop, ("float32", next(iter(loops.values())), ""))
+
+
+def busy(bench: Bench, flags: tuple[str, ...]) -> float:
+    """The share of time for which kernels run on the GPU in a row of training steps."""
+    run = bench.run(*flags)
+    x = run.to_input(bench.batch(run.flags.batch_size))
+    memory_rate(bench, run, x)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        seconds = bench.steps * len(x) / memory_rate(bench, run, x)
+    kernels = [e for e in profiler.key_averages() if e.device_type == DeviceType.CUDA]
+    return sum(e.self_device_time_total for e in kernels) / 1e6 / seconds
 
 
 # Processes are forked to build the array, and so before anything else has started threads.
