@@ -167,8 +167,8 @@ def get_parser() -> argparse.ArgumentParser:
         help="mmd: scales of the IMQ kernels that are summed; 1 alone is the paper's "
              "(default: 0.1,0.2,0.5,1,2,5,10, the official code's)")
     add("--quadratic", type=at_least(float, 0), default=0.0, metavar="X",
-        help="mmd: weight of a quadratic kernel that is added; it sees directions that the codes do "
-             "not use (default: 0.0)")
+        help="mmd: weight of a quadratic kernel that is added; it sees directions that the codes "
+             "do not use (default: 0.0)")
     add("--nowozin_trick", action=Switch, default=False,
         help="gan: add the prior's log density to the discriminator's logit")
 

@@ -479,7 +479,8 @@ def end_with_parent() -> None:
 def wait_for_torchrun() -> None:
     """Gives torchrun time to end this process, if another one has failed before and said why."""
     if started_by_torchrun():
-        time.sleep(10)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(30)
 
 
 def leave_world() -> None:
