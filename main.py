@@ -643,7 +643,7 @@ def refresh_batch_norm(run: Run, images: Images, n_batches: int | None = None) -
     indices = np.array_split(order, max(1, len(order) // run.flags.batch_size))[:n_batches]
     if run.flags.cuda:  # batch norm is synchronised, so each process takes its share
         indices = [index[run.world.rank :: run.world.size] for index in indices]
-    if len(order):
+    if len(order) > 1:  # batch norm needs two images
         utils.set_seed(run.flags.seed, "batch norm", run.world.rank)
         batches = utils.batches(images, indices, run.world.device)
         with torch.no_grad(), run.autocast():

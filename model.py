@@ -55,8 +55,8 @@ class Encoder(nn.Module):
         image_size: S, one of `IMAGE_SIZES`.
         nz: latent dimensions.
         nf: channels of the first convolution.
-        arch: `dcgan` mirrors the decoder, with 4x4 convolutions; `paper` has the 5x5 convolutions
-            of the paper's appendix. Both halve the image down to 4x4.
+        arch: `dcgan` has 4x4 convolutions, as the decoder and as DCGAN's discriminator; `paper` has
+            the 5x5 ones of the paper's appendix. Both halve the image down to 4x4.
         noise: the randomness of Q(Z|X). `deterministic` has none. `add_noise` adds Gaussian noise
             to the pixels while training. `gaussian` has a variance for each image and dimension.
         symmetric: whether pixels are in [-1, 1] or in [0, 1].
@@ -75,8 +75,15 @@ class Encoder(nn.Module):
             # No bias: the batch norm that follows would subtract it again.
             layers += [nn.Conv2d(n_in, n_out, kernel, 2, padding, bias=False)]
             layers += [nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)]
+        n_features = widths[-1] * 4 * 4
+        if arch == "dcgan":
+            # From 4x4 to 1x1. Straight from 4x4, codes are so correlated at the start that WAE-GAN
+            # needs several times as many steps to match them to the prior.
+            n_features = widths[-1]
+            layers += [nn.Conv2d(n_features, n_features, 4, bias=False)]
+            layers += [nn.BatchNorm2d(n_features), nn.ReLU(inplace=True)]
         self.features = nn.Sequential(*layers, nn.Flatten())
-        self.moments = nn.Linear(widths[-1] * 4 * 4, 2 * nz if noise == "gaussian" else nz)
+        self.moments = nn.Linear(n_features, 2 * nz if noise == "gaussian" else nz)
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -399,6 +399,9 @@ def test_sizes_of_the_networks(arch, kernel, side):
     inner = kernel**2 * (128 * 256 + 256 * 512 + 512 * 1024)
     linear = 4 * 4 * 1024 * 64 + 64
     convolutions = kernel**2 * 3 * 128 + inner + 2 * (128 + 256 + 512 + 1024)
+    if arch == "dcgan":  # one more convolution, from 4x4 to 1x1
+        convolutions += 4 * 4 * 1024 * 1024 + 2 * 1024
+        linear = 1024 * 64 + 64
     decoder = (64 + 1) * side * side * 1024 + inner + 2 * (512 + 256 + 128)
     decoder += kernel**2 * 128 * 3 + 3
     discriminator = (64 * 512 + 512) + 3 * (512 * 512 + 512) + (512 + 1)
@@ -409,7 +412,7 @@ def test_sizes_of_the_networks(arch, kernel, side):
 def test_convolutions_start_with_a_standard_deviation_of_0_02(arch):
     modules = model.AutoEncoder(32, 3, 16, arch, "deterministic").modules()
     convolutions = [m for m in modules if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
-    assert len(convolutions) == 6
+    assert len(convolutions) == (7 if arch == "dcgan" else 6)
     for weight in (m.weight for m in convolutions):
         assert weight.mean().abs() < 4 * 0.02 / math.sqrt(weight.numel())
         assert (weight.std() - 0.02).abs() < 4 * 0.02 / math.sqrt(2 * weight.numel())
