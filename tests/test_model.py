@@ -318,6 +318,7 @@ def test_gan_step_is_a_step_of_the_discriminator_and_one_of_the_auto_encoder(tri
     ],
 )
 def test_mmd_and_vae_steps_are_one_step_on_cost_plus_lambda_times_penalty(flags, kernel, tmp_path):
+    flags = [*flags, "--noise=gaussian"]
     run = build_run(tmp_path, *flags, "--LAMBDA=7", "--lr=0.01", "--pz_scale=2", "--cost=l1")
     x, prior = torch.rand(8, 3, 32, 32), 2 * torch.randn(8, 3)
     losses, net, (y, codes, mean, log_variance) = step(run, x, prior)
