@@ -485,7 +485,7 @@ def test_pretrain_floor_is_what_draws_of_the_prior_score_on_average(n, nz, pz_sc
 
 @pytest.mark.parametrize("noise", ["add_noise", "gaussian"])
 def test_pretraining_brings_the_moments_of_the_codes_to_those_of_the_prior(noise, tmp_path):
-    flags = [f"--noise={noise}", "--pz_scale=1.5", "--lr=0.006", "--e_pretrain_sample_size=128"]
+    flags = [f"--noise={noise}", "--pz_scale=1.5", "--lr=0.003", "--e_pretrain_sample_size=128"]
     run = build_run(tmp_path, *flags, "--e_pretrain_iters=400")
     images = np.random.default_rng(0).integers(256, size=(256, 32, 32, 3), dtype=np.uint8)
     decoder, codes = copy.deepcopy(run.net.decoder.state_dict()), []
