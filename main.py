@@ -874,11 +874,12 @@ def main() -> int:
         message, status = str(error), error.status
     except OSError as error:
         message, status = f"{error.filename or 'a file'}: {error.strerror or error}", 1
-    except (MemoryError, torch.OutOfMemoryError):
-        message, status = "out of memory; try a smaller --batch_size, --nf or --image_size", 1
-    except RuntimeError:
+    except (MemoryError, RuntimeError) as error:
         utils.wait_for_torchrun()
-        raise
+        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not full and "can't allocate memory" not in str(error):
+            raise
+        message, status = "out of memory; try a smaller --batch_size, --nf or --image_size", 1
     if os.environ.get("RANK", "0") != "0":
         utils.wait_for_torchrun()
     print(f"main.py: error: {message}", file=sys.stderr)
