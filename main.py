@@ -579,7 +579,8 @@ def train(run: Run, images: Images, test: Images, data: dict, checkpoint: dict |
             metrics, _ = test_metrics(run, test)
             check_finite(torch.tensor([list(metrics.values())]), done, metrics)
             log.add(epoch=epoch + 1, step=done, **metrics)
-            print(f"epoch {epoch + 1}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+            tqdm.write(f"epoch {epoch + 1}: {shown}")
             if (epoch + 1) % flags.sample_every == 0 or done == end:
                 for name, picture in sample_grids(run, test).items():
                     utils.save_picture(flags.outf / f"{name}_epoch_{epoch + 1:03d}.png", picture)
