@@ -519,7 +519,7 @@ def test_codes_of_a_singular_or_huge_covariance_are_evaluated(flags, toy_faces, 
 # Full disks, folders that cannot be written
 
 
-LIMITS = [(200_000, ".pth.tar"), (8_000, ".png"), (250, "args.json")]
+LIMITS = [(200_000, ".pth.tar"), (8_000, ".png"), (600, "args.json")]
 
 
 @pytest.mark.parametrize(("max_bytes", "name"), LIMITS)
