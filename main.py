@@ -120,44 +120,37 @@ def get_parser() -> argparse.ArgumentParser:
 
     # fmt: off
     add = parser.add_argument_group("data").add_argument
-    add("--dataroot", type=folder, metavar="FOLDER",
-        help="image folder, laid out as DATAROOT/sub_directory/XXX.jpg")
+    add("--dataroot", type=folder, help="image folder, laid out as DATAROOT/sub_directory/XXX.jpg")
     add("--dataset", default="celebA", choices=("celebA", "folder"),
-        help="celebA: the central 140 pixels, resized; folder: the largest central square, resized "
-             "(default: celebA)")
-    add("--crop", type=count, metavar="N", help="take the central N pixels in place of that")
+        help="celebA: the central 140 pixels; folder: the largest central square (default: celebA)")
+    add("--crop", type=count, help="take so many central pixels in place of that")
     add("--image_size", type=int, default=64, choices=model.IMAGE_SIZES,
         help="side of the images that the networks see, in pixels (default: 64)")
-    add("--n_test", type=at_least(int, 2), metavar="N",
-        help="images held out of training, the last by path; 2 or more (default: a tenth, at most "
-             "19962)")
-    add("--batch_size", type=at_least(int, 2), default=100, metavar="N",
+    add("--n_test", type=at_least(int, 2),
+        help="images held out, the last by path; 2 or more (default: a tenth, at most 19962)")
+    add("--batch_size", type=at_least(int, 2), default=100,
         help="images in a step, over all processes; 2 or more (default: 100)")
-    add("--cache_dir", type=folder, metavar="FOLDER",
-        help="where to keep the decoded images (default: a hidden file in DATAROOT or, if that "
-             "cannot be written, in the user's cache folder)")
+    add("--cache_dir", type=folder, help="where to keep the decoded images (default: a hidden file "
+        "in DATAROOT or, if that cannot be written, in the user's cache folder)")
 
     add = parser.add_argument_group("model").add_argument
-    add("--mode", default="gan", choices=MODE_DEFAULTS,
-        help="gan: WAE-GAN, Algorithm 1; mmd: WAE-MMD, Algorithm 2; vae: the baseline "
-             "(default: gan)")
+    add("--mode", default="gan", choices=MODE_DEFAULTS, help="gan: WAE-GAN, Algorithm 1; "
+        "mmd: WAE-MMD, Algorithm 2; vae: the baseline (default: gan)")
     add("--arch", default="dcgan", choices=("dcgan", "paper"),
         help="dcgan: 4x4 convolutions; paper: the networks of its appendix (default: dcgan)")
-    add("--nz", type=count, default=64, metavar="N", help="latent dimensions (default: 64)")
-    add("--nf", type=count, default=128, metavar="N",
+    add("--nz", type=count, default=64, help="latent dimensions (default: 64)")
+    add("--nf", type=count, default=128,
         help="base width; the widest layers have 8 x NF channels (default: 128)")
     add("--noise", choices=("deterministic", "add_noise", "gaussian"),
         help="randomness of the encoder. deterministic: none; add_noise: on the pixels while "
-             "training; gaussian: a Gaussian code, always so for vae "
-             "(default: add_noise, and gaussian for vae)")
+        "training; gaussian: a Gaussian code (default: add_noise, and gaussian for vae)")
     add("--input_normalize_sym", action=Switch, default=False,
         help="the networks work in [-1, 1] with a tanh, not in [0, 1] with a sigmoid")
 
     add = parser.add_argument_group("objective").add_argument
-    add("--LAMBDA", type=at_least(float, 0), metavar="X",
-        help="weight of the penalty; for vae, a tenth of the decoder's variance, for pixels in "
-             "[-1, 1] (default: 10 for gan, 100 for mmd, 0.2 for vae)")
-    add("--pz_scale", type=positive, default=1.0, metavar="X",
+    add("--LAMBDA", type=at_least(float, 0), help="weight of the penalty; for vae, a tenth of the "
+        "decoder's variance, for pixels in [-1, 1] (default: 10 for gan, 100 for mmd, 0.2 for vae)")
+    add("--pz_scale", type=positive, default=1.0,
         help="standard deviation of the prior (default: 1.0)")
     add("--cost", default="l2sq", choices=("l2sq", "l2", "l1"),
         help="l2sq: 0.05 |x-y|^2; l2: 0.2 |x-y|; l1: 0.02 |x-y|_1 (default: l2sq)")
@@ -165,63 +158,53 @@ def get_parser() -> argparse.ArgumentParser:
         help="mmd: inverse multiquadratic or Gaussian (default: IMQ)")
     add("--imq_scales", type=positive_numbers, default=model.IMQ_SCALES, metavar="X,X,...",
         help="mmd: scales of the IMQ kernels that are summed; 1 alone is the paper's "
-             "(default: 0.1,0.2,0.5,1,2,5,10, the official code's)")
-    add("--quadratic", type=at_least(float, 0), default=0.0, metavar="X",
-        help="mmd: weight of a quadratic kernel that is added; it sees directions that the codes "
-             "do not use (default: 0.0)")
+        "(default: 0.1,0.2,0.5,1,2,5,10, the official code's)")
+    add("--quadratic", type=at_least(float, 0), default=0.0, help="mmd: weight of a quadratic "
+        "kernel that is added; it sees directions that the codes do not use (default: 0.0)")
     add("--nowozin_trick", action=Switch, default=False,
         help="gan: add the prior's log density to the discriminator's logit")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--niter", type=count, default=PAPER_EPOCHS, metavar="N", help="epochs (default: 55)")
-    add("--lr", type=positive, default=0.0003, metavar="X",
+    add("--niter", type=count, default=PAPER_EPOCHS, help="epochs (default: 55)")
+    add("--lr", type=positive, default=0.0003,
         help="learning rate of encoder and decoder (default: 0.0003)")
-    add("--lr_adv", type=positive, metavar="X",
-        help="gan: learning rate of the discriminator (default: 3 x lr)")
-    add("--beta1", type=at_least(float, 0), default=0.5, metavar="X",
+    add("--lr_adv", type=positive, help="gan: that of the discriminator (default: 3 x lr)")
+    add("--beta1", type=at_least(float, 0), default=0.5,
         help="Adam's decay of the first moment, below 1 (default: 0.5)")
     add("--lr_schedule", default="paper", choices=("paper", "scaled", "constant"),
         help="paper: rates times 0.5, 0.1 and 0.01 after epochs 30, 50 and 100; scaled: the same "
-             "shape over NITER epochs, so that a larger --niter raises the rates again "
-             "(default: paper)")
+        "shape over NITER epochs, so that a larger --niter raises them again (default: paper)")
     add("--e_pretrain", action=Switch, default=False,
         help="first train the encoder alone until the moments of its codes match the prior's")
-    add("--e_pretrain_sample_size", type=at_least(int, 2), default=256, metavar="N",
+    add("--e_pretrain_sample_size", type=at_least(int, 2), default=256,
         help="images in a step of that; 2 or more (default: 256)")
-    add("--e_pretrain_iters", type=count, default=200, metavar="N",
-        help="steps of that, at most (default: 200)")
-    add("--seed", type=at_least(int, 0), default=0, metavar="N", help="(default: 0)")
+    add("--e_pretrain_iters", type=count, default=200, help="steps of that (default: 200)")
+    add("--seed", type=at_least(int, 0), default=0, help="fixes the run (default: 0)")
 
     add = parser.add_argument_group("output").add_argument
-    add("--outf", type=folder, metavar="FOLDER",
-        help="where to write; a run in it is continued if it has the same flags (default: outputs, "
-             "or the folder of --checkpoint)")
-    add("--print_every", type=count, default=10, metavar="N",
-        help="steps between rows of log.csv (default: 10)")
-    add("--sample_every", type=count, default=1, metavar="N",
-        help="epochs between pictures (default: 1)")
-    add("--checkpoint", type=folder, metavar="FILE",
+    add("--outf", type=folder, help="where to write; a run in it is continued if it has the same "
+        "flags (default: outputs, or the folder of --checkpoint)")
+    add("--print_every", type=count, default=10, help="steps between rows of log.csv (default: 10)")
+    add("--sample_every", type=count, default=1, help="epochs between pictures (default: 1)")
+    add("--checkpoint", type=folder,
         help="continue or evaluate this run; its flags become the defaults")
     add("--tensorboard", action=Switch, default=False,
         help="write log and pictures for TensorBoard too, which must be installed")
     add("--evaluate", action=Switch, default=False,
         help="no training: write images and metrics of a checkpoint")
-    add("--n_samples", type=at_least(int, 2), default=10000, metavar="N",
+    add("--n_samples", type=at_least(int, 2), default=10000,
         help="samples of each latent density in an evaluation; 2 or more (default: 10000)")
     add("--fid", action=Switch, default=False,
         help="add Frechet inception distances to an evaluation; needs pytorch-fid")
 
     add = parser.add_argument_group("machine").add_argument
     add("--cuda", action=Switch, default=False, help="train on a GPU")
-    add("--gpu_id", type=at_least(int, 0), default=0, metavar="N", help="which GPU, from 0")
-    add("--ngpu", type=count, default=1, metavar="N",
-        help="processes, with a GPU each if --cuda (default: 1)")
-    add("--workers", type=count, metavar="N",
-        help="processes that decode images, on first use (default: one a core)")
+    add("--gpu_id", type=at_least(int, 0), default=0, help="which GPU, from 0")
+    add("--ngpu", type=count, default=1, help="processes, with a GPU each if --cuda (default: 1)")
+    add("--workers", type=count, help="processes that decode, on first use (default: one a core)")
     add("--amp", action=Switch, default=False,
         help="run the networks in bfloat16; weights and penalties stay in float32")
-    add("--compile", action=Switch, default=False,
-        help="torch.compile the networks and the penalty")
+    add("--compile", action=Switch, default=False, help="compile the networks and the penalty")
     # fmt: on
     return parser
 
