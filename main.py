@@ -317,9 +317,9 @@ class Run:
             network.to(world.device, memory_format=torch.channels_last)
         self.discriminator = self.networks.get("discriminator")
 
-        rates = {"net": flags.lr, "discriminator": flags.lr_adv}
+        self.rates = {"net": flags.lr, "discriminator": flags.lr_adv}
         self.optimizers = {
-            name: self.adam(network, rates[name]) for name, network in self.networks.items()
+            name: self.adam(network, self.rates[name]) for name, network in self.networks.items()
         }
 
     def adam(self, network: nn.Module, lr: float) -> torch.optim.Adam:
@@ -343,10 +343,9 @@ class Run:
 
     def set_learning_rates(self, factor: float) -> float:
         """Sets the rates to so many times their flags. Returns that of encoder and decoder."""
-        rates = {"net": self.flags.lr * factor, "discriminator": self.flags.lr_adv * factor}
         for name, optimizer in self.optimizers.items():
-            optimizer.param_groups[0]["lr"] = rates[name]
-        return rates["net"]
+            optimizer.param_groups[0]["lr"] = self.rates[name] * factor
+        return self.rates["net"] * factor
 
     def autocast(self) -> AbstractContextManager:
         """Where the networks run: in bfloat16 with --amp."""
@@ -634,13 +633,17 @@ def refresh_batch_norm(run: Run, images: Images, n_batches: int | None = None) -
             update_bn((run.to_input(batch) for batch in batches), run.net)
 
 
-def encode_all(run: Run, images: Images) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Batches of uint8 images, their codes and log variances, from the first image to the last."""
-    utils.set_seed(run.flags.seed, "encode")  # a Gaussian encoder draws the same codes every time
+def in_order(run: Run, images: Images) -> Iterator[Tensor]:
+    """Batches of uint8 images, from the first image to the last."""
     n = run.flags.batch_size
     indices = np.split(np.arange(len(images)), range(n, len(images), n))
-    for batch in utils.batches(images, indices, run.world.device):
-        yield batch, *run.encode(batch)
+    return utils.batches(images, indices, run.world.device)
+
+
+def encode_all(run: Run, images: Images) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """The same batches, with their codes and log variances (n, nz)."""
+    utils.set_seed(run.flags.seed, "encode")  # a Gaussian encoder draws the same codes every time
+    return ((batch, *run.encode(batch)) for batch in in_order(run, images))
 
 
 def test_metrics(run: Run, images: Images) -> tuple[dict[str, float], Tensor]:
@@ -720,7 +723,7 @@ def evaluate(run: Run, train: Images, test: Images, step: int, folders: bool) ->
     latents["reconstructions"] = codes
 
     inception, features = utils.Inception(run.world.device) if flags.fid else None, {}
-    sets = {"real": (utils.from_uint8(batch, False) for batch, _, _ in encode_all(run, test))}
+    sets = {"real": (utils.from_uint8(batch, False) for batch in in_order(run, test))}
     sets |= {name: map(run.decode, z.split(flags.batch_size)) for name, z in latents.items()}
     for name, batches in sets.items():
         writer = utils.ImageWriter(outf / "eval" / name) if folders else None
@@ -864,7 +867,7 @@ def main() -> int:
         if not full and "can't allocate memory" not in str(error):
             raise
         message, status = "out of memory; try a smaller --batch_size, --nf or --image_size", 1
-    if os.environ.get("RANK", "0") != "0":
+    if not utils.is_main_process():
         utils.wait_for_torchrun()
     print(f"main.py: error: {message}", file=sys.stderr)
     return status

@@ -450,6 +450,11 @@ def started_by_torchrun() -> bool:
     return names <= os.environ.keys()
 
 
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks, also before it has joined the others."""
+    return not started_by_torchrun() or os.environ["RANK"] == "0"
+
+
 def join_world(cuda: bool, gpu_id: int) -> World:
     """Picks the device, and joins the other processes (by NCCL on GPUs, by gloo on CPUs).
 
@@ -550,7 +555,7 @@ def eval_mode(network: nn.Module) -> Iterator[None]:
 
 def exit_at_once(signum: int, _frame: object) -> None:
     """Ends the program, as a signal handler. No file is half-written, so nothing is cleaned up."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         os.write(2, b"\nmain.py: interrupted\n")
     os._exit(128 + signum)
 
@@ -573,7 +578,7 @@ class Stop:
         if not started_by_torchrun():
             self.close()
             message = b"stopping after this step; Ctrl-C again stops at once"
-        if os.environ.get("RANK", "0") == "0":
+        if is_main_process():
             os.write(2, b"\nmain.py: %s\n" % message)
 
     def close(self) -> None:
@@ -612,7 +617,7 @@ class Output:
 
 def warn(message: str) -> None:
     """Prints a line to standard error, clear of the progress bar, in the main process."""
-    if os.environ.get("RANK", "0") == "0":
+    if is_main_process():
         tqdm.write(f"main.py: {message}", file=sys.stderr)
 
 
