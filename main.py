@@ -361,16 +361,18 @@ class Run:
         """uint8 images (n, S, S, 3) as the encoder takes them, (n, 3, S, S)."""
         return utils.from_uint8(batch, self.flags.input_normalize_sym)
 
+    @torch.no_grad()
     def encode(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
         """Codes and log variances (n, nz) of uint8 images (n, S, S, 3), in evaluation mode."""
-        with utils.eval_mode(self.net), self.autocast():
-            mean, log_variance = self.net.encoder(self.to_input(batch))
+        with self.autocast():
+            mean, log_variance = self.net.eval().encoder(self.to_input(batch))
             return model.draw_code(mean, log_variance), log_variance
 
+    @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Images (n, 3, S, S) in [0, 1] of codes (n, nz), in evaluation mode."""
-        with utils.eval_mode(self.net), self.autocast():
-            images = self.net.decoder(codes.float()).float()
+        with self.autocast():
+            images = self.net.eval().decoder(codes.float()).float()
             return images / 2 + 0.5 if self.flags.input_normalize_sym else images
 
     def state_dict(self) -> dict[str, Any]:
@@ -408,6 +410,7 @@ def train_step(run: Run, x: Tensor, prior: Tensor) -> Tensor:
         Reconstruction cost, penalty and the discriminator's loss, (3,).
     """
     flags, world = run.flags, run.world
+    run.net.train()
     with run.autocast():
         # z~_i from Q(Z|x_i): the one encoding that all of the step shares.
         y, codes, mean, log_variance = run.step_net(x)
@@ -684,13 +687,14 @@ def sample_grids(run: Run, images: Images) -> dict[str, Any]:
     indices = np.linspace(0, len(images) - 1, 32).astype(int)
     batch = next(utils.batches(images, [indices], run.world.device))
     codes, _ = run.encode(batch)
-    real, reconstructed = utils.from_uint8(batch, symmetric=False), run.decode(codes)
+    pair = (utils.from_uint8(batch, symmetric=False), run.decode(codes))
+    rows = torch.stack([images.unflatten(0, (-1, 8)) for images in pair], 1)
     starts, ends = codes[:8, None], codes[-8:, None]  # (8, 1, nz) each
     t = torch.linspace(0, 1, 10, device=codes.device)[:, None]
     paths = run.decode((starts + t * (ends - starts)).flatten(0, 1))
     return {
         "fake_samples": utils.grid(samples, columns=8),
-        "reconstructions": utils.grid(utils.interleave(real, reconstructed, columns=8), columns=8),
+        "reconstructions": utils.grid(rows.flatten(0, 2), columns=8),
         "interpolations": utils.grid(paths, columns=10),
     }
 
@@ -726,16 +730,13 @@ def evaluate(run: Run, train: Images, test: Images, step: int, folders: bool) ->
     sets = {"real": (utils.from_uint8(batch, False) for batch in in_order(run, test))}
     sets |= {name: map(run.decode, z.split(flags.batch_size)) for name, z in latents.items()}
     for name, batches in sets.items():
-        writer = utils.ImageWriter(outf / "eval" / name) if folders else None
+        if folders:
+            batches = utils.write_images(outf / "eval" / name, batches)
         sharp, features[name] = [], []
         for images in tqdm(batches, desc=name, unit="batch", leave=False):
             sharp.append(utils.sharpness(images))
             if inception:
                 features[name].append(inception.features(images))
-            if writer:
-                writer.add(images)
-        if writer:
-            writer.close()
         metrics[f"sharpness_{name}"] = torch.cat(sharp).mean().item()
         if inception and name != "real":
             both = (np.concatenate(features[key]) for key in ("real", name))

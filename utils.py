@@ -66,6 +66,15 @@ class UsageError(UserError):
 
 
 @contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises UserError, which names `path`, where the block cannot write."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `path` when the block ends: whole and flushed, or not at all.
 
@@ -74,24 +83,20 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with writing(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
+            os.replace(temporary, path)
+    except BaseException:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from error
         raise
 
 
 def make_folder(path: Path) -> Path:
     """Creates the folder, and its parents, where missing. Raises UserError if that cannot be."""
-    try:
+    with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create the folder {path}: {error.strerror}") from error
     return path
 
 
@@ -104,10 +109,8 @@ def lock(path: Path, wait: bool) -> TextIO:
     Raises:
         UserError: another process has the lock, or the file cannot be written.
     """
-    try:
+    with writing(path):
         file = open(path, "a+")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -537,18 +540,6 @@ def average(values: Tensor, world: World) -> Tensor:
     return values
 
 
-@contextlib.contextmanager
-def eval_mode(network: nn.Module) -> Iterator[None]:
-    """Puts a network into evaluation mode for a while, without gradients."""
-    before = network.training
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        network.train(before)
-
-
 # --------------------------------------------------------------------------------------------------
 # Signals and messages
 
@@ -718,11 +709,8 @@ class Log:
             {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
         )
         self.text += line.getvalue()
-        try:
-            with open(self.path, "a") as file:
-                file.write(line.getvalue())
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        with writing(self.path), open(self.path, "a") as file:
+            file.write(line.getvalue())
         for name, value in values.items():
             if self.board and name not in ("epoch", "step"):
                 self.board.add_scalar(name, value, values["step"])
@@ -749,44 +737,32 @@ def grid(images: Tensor, columns: int) -> Image.Image:
     return Image.fromarray(to_uint8(canvas[None])[0])
 
 
-def interleave(above: Tensor, below: Tensor, columns: int) -> Tensor:
-    """Images in rows of so many columns: each row of `above` over its row of `below`."""
-    rows = zip(above.split(columns), below.split(columns), strict=True)
-    return torch.cat([row for pair in rows for row in pair])
-
-
 def save_picture(path: Path, picture: Image.Image) -> None:
     """Replaces `path` by the picture as PNG."""
     with atomic_write(path) as file:
         picture.save(file, "PNG")
 
 
-class ImageWriter:
-    """Writes images to `folder`, as 00000.png and on, in place of those in it."""
+def write_images(folder: Path, batches: Iterable[Tensor]) -> Iterator[Tensor]:
+    """Passes on batches of images (n, 3, S, S) in [0, 1], and writes them as 00000.png and on.
 
-    def __init__(self, folder: Path):
-        self.folder, self.count = folder, 0
-        self.new, self.old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
-        shutil.rmtree(self.new, ignore_errors=True)
-        make_folder(self.new)
-
-    def add(self, images: Tensor) -> None:
-        """Writes images (n, 3, S, S) in [0, 1]."""
+    They take the place of the folder when the last one is written.
+    """
+    new = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    make_folder(new)
+    count = 0
+    for images in batches:
         for pixels in to_uint8(images):
-            path = self.new / f"{self.count:05d}.png"
-            try:
+            path = new / f"{count:05d}.png"
+            with writing(path):
                 Image.fromarray(pixels).save(path)
-            except OSError as error:
-                raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-            self.count += 1
-
-    def close(self) -> None:
-        """Replaces the folder; at every moment the old or the new images are there, whole."""
-        shutil.rmtree(self.old, ignore_errors=True)
-        if self.folder.exists():
-            self.folder.rename(self.old)
-        self.new.rename(self.folder)
-        shutil.rmtree(self.old, ignore_errors=True)
+            count += 1
+        yield images
+    with writing(folder):
+        if folder.exists():
+            shutil.rmtree(folder)
+        new.rename(folder)
 
 
 def scatter(first: np.ndarray, second: np.ndarray) -> Image.Image:
