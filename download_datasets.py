@@ -101,7 +101,9 @@ def receive(url: str, file: BinaryIO) -> None:
     bar = tqdm(initial=have, total=CELEBA_SIZE, unit="B", unit_scale=True, disable=None)
     with response, bar:
         while file.tell() < CELEBA_SIZE and (chunk := next(chunks, b"")):
-            new = chunk[skip:]
+            if file.tell() == 0 and not b"PK".startswith(chunk[:2]):
+                raise DownloadError(f"{url} is not a zip; {BY_HAND}")
+            new = chunk[skip:][: CELEBA_SIZE - file.tell()]
             skip -= len(chunk) - len(new)
             file.write(new)
             file.flush()
@@ -155,11 +157,9 @@ def get_celeba(data_dir: Path, url: str, file: Path | None) -> None:
         if not file:
             download(url, path)
         if (md5 := md5_of(path)) != CELEBA_MD5:
-            fault = f"{path} is damaged or another file (MD5 {md5})"
             if not file:
                 path.unlink()
-                fault += ", now deleted"
-            raise DownloadError(f"{fault}; {BY_HAND}")
+            raise DownloadError(f"{file or url} is damaged or another (MD5 {md5}); {BY_HAND}")
         with zipfile.ZipFile(path) as archive:
             images = [name for name in archive.namelist() if name.endswith(".jpg")]
             for name in tqdm(images, "extracting", disable=None):
@@ -181,10 +181,9 @@ def get_mnist(data_dir: Path, url: str | None) -> None:
         print(f"downloading MNIST from {MNIST.mirrors[0]}")
         raw, log = folder / "raw", io.StringIO()
         try:
-            # torchvision prints several lines for each attempt.
+            # torchvision prints several lines for each attempt, and raises what it meets.
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
                 parts = [MNIST(raw, train, download=True) for train in (True, False)]
-        # It lets through what the network and the files may raise.
         except Exception as error:
             advice = "try again later, or another mirror with --url"
             raise DownloadError(f"cannot download MNIST; {advice}: {error}") from error
@@ -195,7 +194,7 @@ def get_mnist(data_dir: Path, url: str | None) -> None:
 
 
 SKIN = np.array([(250, 218, 195), (236, 190, 158), (214, 160, 120), (178, 118, 80), (120, 74, 50)])
-HAIR = np.array([(30, 25, 26), (70, 45, 32), (128, 82, 46), (214, 176, 110), (180, 176, 174)])
+HAIR = np.array([(30, 25, 26), (70, 45, 32), (104, 60, 34), (214, 176, 110), (180, 176, 174)])
 
 
 def draw_face(seed: int, index: int) -> Image.Image:
@@ -203,7 +202,7 @@ def draw_face(seed: int, index: int) -> Image.Image:
     rng = np.random.default_rng([seed, index])
     uniform = rng.uniform
     skin, hair = (rng.choice(tones) * uniform(0.85, 1.05) for tones in (SKIN, HAIR))
-    wall = uniform(60, 200) + rng.normal(0, 22, 3) + rng.normal(0, 20, (2, 2, 3))
+    wall = uniform(60, 200) + rng.normal(0, 22, 3) + rng.normal(0, 16, (2, 2, 3))
     light = uniform(0.8, 1.05) + uniform(-0.25, 0.25) * np.linspace(-1, 1, 178)[:, None]
     # Colours at twice the size. Soft shadows (below 128) and highlights are a layer of their own.
     page = Image.fromarray(wall.clip(0, 255).astype(np.uint8)).resize((356, 436))
@@ -303,16 +302,13 @@ def staging_folder(final: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             advice = "wait for it, or set --data_dir"
-            raise DownloadError(f"another process is at work in {hidden}: {advice}") from None
-        # A killed run leaves its folder.
+            raise DownloadError(f"another process works in {final.parent}: {advice}") from None
+        # A run that ended early leaves its folder.
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        try:
-            yield folder
-            folder.rename(final)
-            shutil.rmtree(hidden)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        yield folder
+        folder.rename(final)
+        shutil.rmtree(hidden)
     print(f"{final} has its images: python3 main.py --dataroot={final.parent}")
 
 

@@ -33,15 +33,15 @@ import download_datasets as dd  # noqa: E402
 
 HEAD = "img_align_celeba"
 NAMES = [f"{HEAD}/{i:06d}.jpg" for i in range(1, 7)]
-HTML = b"<html><title>\n Sign\n in\n</title></html>"
+HTML = b"<html><title>Sign in</title></html>"
 
 
-def make_zip(*others: str) -> bytes:
-    """Returns a zip like CelebA's, of 600 kB, with files of other names."""
+def make_zip() -> bytes:
+    """Returns a zip like CelebA's, of 600 kB."""
     rng, out = np.random.default_rng(0), io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         archive.writestr(f"{HEAD}/", "")
-        for name in [*NAMES, *others]:
+        for name in NAMES:
             archive.writestr(name, rng.bytes(100_000))
     return out.getvalue()
 
@@ -49,11 +49,11 @@ def make_zip(*others: str) -> bytes:
 ZIP = make_zip()
 HAVE = 300_000  # bytes of ZIP in the partial file at the start of many tests
 WRONG = ZIP[:100] + b"?" + ZIP[101:]
-
-
-def constants(content: bytes = ZIP) -> dict[str, object]:
-    md5 = hashlib.md5(content).hexdigest()
-    return {"CELEBA_MD5": md5, "CELEBA_SIZE": len(content), "CELEBA_IMAGES": len(NAMES)}
+CONSTANTS = {
+    "CELEBA_MD5": hashlib.md5(ZIP).hexdigest(),
+    "CELEBA_SIZE": len(ZIP),
+    "CELEBA_IMAGES": len(NAMES),
+}
 
 
 def call(*arguments: object, **values: object) -> subprocess.CompletedProcess:
@@ -77,19 +77,19 @@ def call(*arguments: object, **values: object) -> subprocess.CompletedProcess:
 
 def celeba(tmp_path: Path, *options: object, **values: object) -> subprocess.CompletedProcess:
     options = ["celebA", "--data_dir", tmp_path / "data", *options]
-    return call(*options, **{**constants(), **values})
+    return call(*options, **{**CONSTANTS, **values})
 
 
-def fetch(tmp_path: Path, *replies: Reply, front: str = "form", **values: object):
+def fetch(tmp_path: Path, *replies: Reply, **values: object):
     """Downloads from a host that answers with `replies`. Returns (run, host)."""
-    with FakeDrive(ZIP, replies, front) as drive:
+    with FakeDrive(ZIP, replies) as drive:
         return celeba(tmp_path, "--url", drive.url, **values), drive
 
 
 def start(tmp_path: Path, *arguments: object, **popen: object) -> subprocess.Popen:
     """Starts a copy of the program with the constants of ZIP."""
     source = (REPO / "download_datasets.py").read_text()
-    for name, value in constants().items():
+    for name, value in CONSTANTS.items():
         source = re.sub(rf"^{name} = .*", f"{name} = {value!r}", source, flags=re.M)
     (tmp_path / "download_datasets.py").write_text(source)
     command = [sys.executable, tmp_path / "download_datasets.py", *map(str, arguments)]
@@ -97,7 +97,7 @@ def start(tmp_path: Path, *arguments: object, **popen: object) -> subprocess.Pop
 
 
 def part_file(tmp_path: Path, content: bytes | None = None) -> Path:
-    path = tmp_path / "data" / "celebA" / ".partial" / f"{HEAD}.zip.part"
+    path = tmp_path / "data" / "celebA" / ".partial" / f"{HEAD}.zip"
     if content is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -137,9 +137,10 @@ def wait_for(condition, seconds: float = 20) -> None:
 # What a host may answer
 
 
-@pytest.mark.parametrize("front", ["form", ""])
-def test_a_download(tmp_path, front):
-    assert_complete(tmp_path, fetch(tmp_path, front=front)[0])
+def test_a_download(tmp_path):
+    run, drive = fetch(tmp_path)
+    assert_complete(tmp_path, run)
+    assert drive.ranges == ["bytes=0-"]
     run, drive = fetch(tmp_path)
     assert_complete(tmp_path, run)
     assert "already" in run.stdout and drive.ranges == []
@@ -150,79 +151,66 @@ def test_a_download(tmp_path, front):
     [
         [Reply(ranges=False)],
         [Reply(cut=200_000, ranges=False), Reply(ranges=False)],
-        [Reply(ranges=False, headers={"Content-Length": None})],
         [Reply(ranges=False, headers={"Content-Length": "abc"})],
-        [Reply(ranges=False, headers={"Content-Length": [len(ZIP)] * 2})],
-        [Reply(ranges=False, body=gzip.compress(ZIP), headers={"Content-Encoding": "gzip"})],
-        [Reply(cut=50_000)],
-        [Reply(chunked=True)],
-        [Reply(chunked=True, cut=50_000)],
-        [Reply(chunked=True, block=1, cut=500), Reply(headers={"Content-Length": None})],
+        [Reply(ranges=False, body=ZIP * 2, headers={"Content-Length": None})],
+        [Reply(cut=50_000), Reply(headers={"Content-Length": None})],
+        [Reply(chunked=True, block=1, cut=500), Reply(chunked=True)],
     ],
 )
 def test_good_answers_of_many_forms(tmp_path, replies):
-    assert_complete(tmp_path, fetch(tmp_path, *replies)[0])
+    with FakeDrive(ZIP, replies) as drive:
+        assert_complete(tmp_path, celeba(tmp_path, "--url", drive.host))
+
+
+SPAN = f"bytes {HAVE - 7}-/{len(ZIP)}"
 
 
 @pytest.mark.parametrize(
-    "reply",
+    ("reply", "words"),
     [
-        Reply(status=0),
-        Reply(status=200, body=b""),
-        Reply(status=200, body=b"", chunked=True),
-        Reply(status=416, body=b"", headers={"Content-Range": f"bytes */{len(ZIP)}"}),
-        Reply(status=416, body=b"", headers={"Content-Range": None}),
-        Reply(status=416, body=HTML, headers={"Content-Range": None}),
-        Reply(body=HTML),
-        Reply(body=QUOTA_PAGE),
-        Reply(body=ZIP[HAVE - 7 :], headers={"Content-Range": f"bytes {HAVE - 7}-/{len(ZIP)}"}),
-        Reply(body=ZIP[HAVE:], headers={"Content-Range": None}),
-        Reply(body=ZIP[HAVE:350_000], headers={"Content-Range": f"bytes {HAVE}-349999/{len(ZIP)}"}),
-        Reply(cut=0),
-        Reply(cut=0, ranges=False),
-        Reply(cut=2 << 16, ranges=False),
-        Reply(status=200, body=ZIP[:1000]),
-        Reply(status=503),
-        Reply(status=429),
-        Reply(status=404, body=HTML),
-        Reply(status=200, body=HTML),
-        Reply(status=200, body=HTML, chunked=True, block=1),
-        Reply(status=200, body=QUOTA_PAGE, headers={"Content-Type": "application/zip"}),
+        (Reply(status=0), "without response"),
+        (Reply(status=503), "503"),
+        (Reply(status=429, body=HTML), "429"),
+        (Reply(status=404, body=HTML), "404"),
+        (Reply(status=416, body=b""), "416"),
+        (Reply(status=200, body=HTML), "text/html"),
+        (Reply(body=HTML), "text/html"),
+        (Reply(status=200, body=HTML, headers={"Content-Type": None}), "another file, of 39 bytes"),
+        (Reply(status=200, body=QUOTA_PAGE), "quota is used up"),
+        (Reply(status=200, body=ZIP[:1000]), "another file, of 1,000 bytes"),
+        (Reply(status=200, body=b"", chunked=True), "ended after 300,000"),
+        (Reply(body=ZIP[HAVE - 7 :], headers={"Content-Range": SPAN}), SPAN),
+        (Reply(body=ZIP[HAVE:], headers={"Content-Range": None}), "the host sends ''"),
+        (Reply(cut=0), "IncompleteRead"),
+        (Reply(cut=2 << 16, ranges=False), "IncompleteRead"),
     ],
-    ids=lambda reply: str(reply)[:60],
+    ids=str,
 )
-def test_a_bad_answer_loses_nothing(tmp_path, reply):
+def test_a_bad_answer_loses_nothing(tmp_path, reply, words):
     part = part_file(tmp_path, ZIP[:HAVE])
     run, _ = fetch(tmp_path, reply, MAX_STALLED=2)
+    assert_failed(run, words, "--zip")
+    assert part.read_bytes() == ZIP[:HAVE]
+    # The next answer is good; some answers end the run.
+    run, drive = fetch(tmp_path, reply, Reply())
     if run.returncode:
-        assert_failed(run)
-        assert ZIP.startswith(part.read_bytes()) and part.stat().st_size >= HAVE
-        assert "Quota" not in str(reply.body) or "quota" in run.stderr
-        assert reply.body != HTML or reply.status != 200 or "'Sign in'" in run.stderr
-    for _ in range(2):
-        # The next answer is good; some answers end the run.
-        run, drive = fetch(tmp_path, reply, Reply())
-        if run.returncode:
-            run, drive = fetch(tmp_path)
-        assert_complete(tmp_path, run)
-        assert all(asked for asked in drive.ranges), "nothing is downloaded twice"
+        run, drive = fetch(tmp_path)
+    assert_complete(tmp_path, run)
+    assert set(drive.ranges) == {f"bytes={HAVE}-"}, "nothing is downloaded twice"
 
 
-@pytest.mark.parametrize("part", [WRONG[:HAVE], WRONG, ZIP + b"more"], ids=len)
+def test_a_page_without_a_name_is_not_kept(tmp_path):
+    reply = Reply(status=200, body=HTML, headers={"Content-Type": None}, chunked=True, block=1)
+    assert_failed(fetch(tmp_path, reply)[0], "not a zip", "--zip")
+    assert part_file(tmp_path).read_bytes() == b""
+
+
+@pytest.mark.parametrize("part", [WRONG[:HAVE], ZIP + b"more"], ids=len)
 def test_a_wrong_file_is_deleted(tmp_path, part):
     part_file(tmp_path, part)
-    run, drive = fetch(tmp_path)
-    assert_failed(run, "MD5", "deleted", "--zip")
-    assert tree(tmp_path) == [] and len(drive.ranges) == 1
-    part_file(tmp_path, ZIP)
-    assert_complete(tmp_path, fetch(tmp_path)[0])
-
-
-def test_a_body_without_end(tmp_path):
-    reply = Reply(body=ZIP * 60, headers={"Content-Length": None})
-    run, drive = fetch(tmp_path, reply)
-    assert_failed(run, "MD5", "deleted")
-    assert drive.sent < 40 * len(ZIP)
+    run, _ = fetch(tmp_path)
+    assert_failed(run, "MD5", "--zip")
+    assert tree(tmp_path) == []
 
 
 def test_retries_are_bounded(tmp_path):
@@ -230,6 +218,7 @@ def test_retries_are_bounded(tmp_path):
     assert_failed(run, "503", "no progress")
     assert len(drive.ranges) == dd.MAX_STALLED
     assert run.args == [2**i for i in range(1, dd.MAX_STALLED)], "seconds"
+    # As long as bytes come, there is no end.
     run, drive = fetch(tmp_path, Reply(cut=1 << 16), MAX_STALLED=1)
     assert_complete(tmp_path, run)
 
@@ -240,20 +229,19 @@ def test_a_silent_host(tmp_path):
 
 
 def test_addresses_that_cannot_be_read(tmp_path):
-    bad = ["ftp://host/file", "http://[bad]/x", "http://[::1/x", "http://.x./", "", "http://a:b/"]
-    pages = [b"<html><![x <!", b'<form action="http://[x/download"></form>']
-    for url in bad:
-        assert_failed(celeba(tmp_path, "--url", url), "--zip")
+    for url in ("ftp://host/file", "http://[bad]/x", "http://.x./", "", "http://a:b/"):
+        assert_failed(celeba(tmp_path, "--url", url), "cannot read", "--zip")
+    for url in ("ftp://host/file", "http://[bad]/x"):
         assert_failed(fetch(tmp_path, Reply(status=302, headers={"Location": url}))[0])
-    for page in pages:
-        assert_failed(fetch(tmp_path, Reply(status=200, body=page))[0], "--zip")
+    page = b'<form action="http://[x/download"></form>'
+    assert_failed(fetch(tmp_path, Reply(status=200, body=page))[0], "cannot read", "--zip")
     with FakeDrive(ZIP) as drive:
         url = drive.url
     assert_failed(celeba(tmp_path, "--url", url, MAX_STALLED=2), "refused", "--zip")
 
 
 def test_memory_does_not_grow_with_the_file(tmp_path):
-    content = b"PK" + bytes(30_000_000)
+    content = b"PK" + bytes(8_000_000)
     with FakeDrive(content) as drive:
         tracemalloc.start()
         run = celeba(tmp_path, "--url", drive.url, CELEBA_SIZE=len(content))
@@ -269,11 +257,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
 def test_ctrl_c_and_a_second_run(tmp_path):
     part = part_file(tmp_path)
     options = ["celebA", "--data_dir", tmp_path / "data", "--url"]
-    with FakeDrive(ZIP, [Reply(pause=0.3)]) as drive:
+    with FakeDrive(ZIP, [Reply(chunked=True, block=1, pause=0.02)]) as drive:
         process = start(tmp_path, *options, drive.url)
-        wait_for(lambda: part.exists() and part.stat().st_size)
+        wait_for(lambda: part.exists() and part.stat().st_size > 5)
         run = celeba(tmp_path, "--url", drive.url)
-        assert_failed(run, f"process {process.pid}", tmp_path / "data" / "celebA", "--data_dir")
+        assert_failed(run, "another process", tmp_path / "data" / "celebA", "--data_dir")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=15)
     assert (process.returncode, len(err.split("\n"))) == (130, 3) and "again" in err, err
@@ -284,16 +272,6 @@ def test_ctrl_c_and_a_second_run(tmp_path):
     assert drive.ranges == [f"bytes={had}-"]
 
 
-def test_slow_bytes_are_kept(tmp_path):
-    part = part_file(tmp_path)
-    with FakeDrive(ZIP, [Reply(chunked=True, block=1, pause=0.02)]) as drive:
-        process = start(tmp_path, "celebA", "--data_dir", tmp_path / "data", "--url", drive.url)
-        wait_for(lambda: part.exists() and part.stat().st_size > 20)
-        process.kill()
-        process.communicate()
-    assert ZIP.startswith(part.read_bytes())
-
-
 def test_ctrl_c_during_the_imports(tmp_path):
     (tmp_path / "requests.py").write_text("import os\nos.kill(os.getpid(), 2)\nos.abort()")
     process = start(tmp_path, "toy")
@@ -301,12 +279,10 @@ def test_ctrl_c_during_the_imports(tmp_path):
 
 
 def test_any_number_of_ctrl_c_while_faces_are_drawn(tmp_path):
-    process = start(tmp_path, "toy", "--data_dir", tmp_path, start_new_session=True)
+    process = start(tmp_path, "toy", "--data_dir", tmp_path)
     wait_for(lambda: any(tmp_path.glob("toy/.partial/*/*.jpg")))
     for _ in range(40):
-        # As in a terminal: to the program and to its workers.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGINT)
+        process.send_signal(signal.SIGINT)
         time.sleep(0.002)
     _, err = process.communicate(timeout=15)
     assert process.returncode == 130 and err.strip().count("\n") == 0, err
@@ -315,13 +291,10 @@ def test_any_number_of_ctrl_c_while_faces_are_drawn(tmp_path):
 
 
 def test_a_killed_extraction(tmp_path):
-    zip_path = part_file(tmp_path, b"").with_suffix("")
-    part_file(tmp_path).rename(zip_path)
-    zip_path.write_bytes(ZIP)
-    left = zip_path.parent / NAMES[0]
-    left.parent.mkdir()
-    left.write_bytes(b"half")
-    (left.parent / "999999.jpg").touch()
+    folder = part_file(tmp_path, ZIP).with_suffix("")
+    folder.mkdir()
+    (folder / "000001.jpg").write_bytes(b"half")
+    (folder / "999999.jpg").touch()
     run, drive = fetch(tmp_path)
     assert_complete(tmp_path, run)
     assert drive.ranges == [], "the zip was here"
@@ -333,12 +306,12 @@ def test_a_killed_extraction(tmp_path):
 def test_a_zip_by_hand(tmp_path):
     mine = tmp_path / "mine.zip"
     assert_failed(celeba(tmp_path, "--zip", mine), f"--zip {mine}", "no such file")
-    mine.write_bytes(HTML)
-    assert_failed(celeba(tmp_path, "--zip", mine), f"--zip {mine}", "MD5", "mmlab")
-    names = ["a.txt", "../000007.jpg", f"{HEAD}/../../000007.jpg", f"{HEAD}/..\\7.jpg", "/7.jpg"]
-    mine.write_bytes(make_zip(*names))
-    assert_complete(tmp_path, celeba(tmp_path, "--zip", mine, **constants(mine.read_bytes())))
-    assert sorted(os.listdir(tmp_path)) == ["data", "mine.zip"]
+    mine.write_bytes(WRONG)
+    assert_failed(celeba(tmp_path, "--zip", mine), mine, "MD5", "mmlab")
+    assert mine.read_bytes() == WRONG
+    mine.write_bytes(ZIP)
+    assert_complete(tmp_path, celeba(tmp_path, "--zip", mine))
+    assert mine.read_bytes() == ZIP
 
 
 def test_another_set_is_left_alone(tmp_path):
@@ -358,7 +331,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         full = os.open("/dev/full", os.O_WRONLY)
         patch.setattr(Path, "write_bytes", lambda _, data: os.write(full, data))
         assert_failed(fetch(tmp_path)[0], "No space left")
-    assert tree(tmp_path) == [f"data/celebA/.partial/{HEAD}.zip"], "the zip is kept, no image is"
+    assert tree(tmp_path) == [f"data/celebA/.partial/{HEAD}.zip"], "the zip is kept"
     assert_complete(tmp_path, fetch(tmp_path)[0])
 
 
@@ -407,11 +380,11 @@ def test_mnist(tmp_path, monkeypatch):
     # Each file is asked for twice: torchvision first looks for redirects.
     good = [Reply(body=file) for file in files for _ in range(2)]
     for bad in ([Reply(status=404)], [*good[:5], Reply(body=files[2][:99])], [Reply(status=0)]):
-        with FakeDrive(b"", bad, front="") as drive:
+        with FakeDrive(b"", bad) as drive:
             assert_failed(call(*command, drive.host, MNIST_IMAGES=7), "MNIST", "--url")
         assert tree(tmp_path) == []
     assert_failed(call(*command, "http://[x", MNIST_IMAGES=7), "MNIST", "--url")
-    with FakeDrive(b"", good, front="") as drive:
+    with FakeDrive(b"", good) as drive:
         run = call(*command, drive.host, MNIST_IMAGES=7)
         assert (run.returncode, run.stderr) == (0, ""), run
         assert len(drive.ranges) == 8
@@ -433,20 +406,18 @@ def test_a_toy_set(tmp_path):
     for i, name in enumerate(names, 1):
         with Image.open(folder / name) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (178, 218))
-        dd.save_face(tmp_path, 3, i)
+        dd.draw_face(3, i).save(tmp_path / name, quality=92)
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
     assert "already" in call(*command).stdout
     for other in (["--n_images", 21], ["--seed", 0]):
         assert_failed(call(*command, *other), folder, "another set", "--data_dir")
-    (folder / ".seed").write_bytes(b"\xff")
-    assert_failed(call(*command), "another set")
 
 
 def test_toy_faces_vary_and_sit_where_celeba_has_them():
     faces = np.stack([np.asarray(dd.draw_face(0, i), np.float32) for i in range(1, 65)])
     middle = faces[:, 39:179, 19:159].mean(-1)
     assert middle.std(0).mean() > 25, "from face to face"
-    assert middle.std((1, 2)).min() > 15, "within each"
+    assert middle.std((1, 2)).min() > 12, "within each"
     assert not np.array_equal(dd.draw_face(0, 1), dd.draw_face(1, 1))
     # On average an eye is darker than the cheek below it and the forehead above.
     mean = middle.mean(0)
