@@ -17,7 +17,6 @@ import struct
 import subprocess
 import sys
 import time
-import tracemalloc
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,19 +33,13 @@ import download_datasets as dd  # noqa: E402
 HEAD = "img_align_celeba"
 NAMES = [f"{HEAD}/{i:06d}.jpg" for i in range(1, 7)]
 HTML = b"<html><title>Sign in</title></html>"
-
-
-def make_zip() -> bytes:
-    """Returns a zip like CelebA's, of 600 kB."""
-    rng, out = np.random.default_rng(0), io.BytesIO()
-    with zipfile.ZipFile(out, "w") as archive:
-        archive.writestr(f"{HEAD}/", "")
-        for name in NAMES:
-            archive.writestr(name, rng.bytes(100_000))
-    return out.getvalue()
-
-
-ZIP = make_zip()
+IMAGES = np.random.default_rng(0).integers(0, 256, (6, 100_000), np.uint8)
+with io.BytesIO() as file, zipfile.ZipFile(file, "w") as archive:
+    archive.writestr(f"{HEAD}/", "")
+    for name, image in zip(NAMES, IMAGES, strict=True):
+        archive.writestr(name, image.tobytes())
+    archive.close()
+    ZIP = file.getvalue()
 HAVE = 300_000  # bytes of ZIP in the partial file at the start of many tests
 WRONG = ZIP[:100] + b"?" + ZIP[101:]
 CONSTANTS = {
@@ -112,11 +105,10 @@ def tree(folder: Path) -> list[str]:
 def assert_complete(tmp_path: Path, run: subprocess.CompletedProcess) -> None:
     """The images are there byte for byte, nothing is beside them, and nobody complained."""
     assert (run.returncode, run.stderr) == (0, ""), run
-    with zipfile.ZipFile(io.BytesIO(ZIP)) as archive:
-        for name in NAMES:
-            assert (tmp_path / "data" / "celebA" / name).read_bytes() == archive.read(name)
-    assert tree(tmp_path / "data" / "celebA") == NAMES
-    assert os.listdir(tmp_path / "data" / "celebA") == [HEAD]
+    folder = tmp_path / "data" / "celebA"
+    assert tree(folder) == NAMES and os.listdir(folder) == [HEAD]
+    for name, image in zip(NAMES, IMAGES, strict=True):
+        assert (folder / name).read_bytes() == image.tobytes()
 
 
 def assert_failed(run: subprocess.CompletedProcess, *words: object, status: int = 1) -> None:
@@ -175,7 +167,7 @@ SPAN = f"bytes {HAVE - 7}-/{len(ZIP)}"
         (Reply(status=416, body=b""), "416"),
         (Reply(status=200, body=HTML), "text/html"),
         (Reply(body=HTML), "text/html"),
-        (Reply(status=200, body=HTML, headers={"Content-Type": None}), "another file, of 39 bytes"),
+        (Reply(status=200, body=HTML, headers={"Content-Type": None}), "another file, of 35 bytes"),
         (Reply(status=200, body=QUOTA_PAGE), "quota is used up"),
         (Reply(status=200, body=ZIP[:1000]), "another file, of 1,000 bytes"),
         (Reply(status=200, body=b"", chunked=True), "ended after 300,000"),
@@ -238,17 +230,6 @@ def test_addresses_that_cannot_be_read(tmp_path):
     with FakeDrive(ZIP) as drive:
         url = drive.url
     assert_failed(celeba(tmp_path, "--url", url, MAX_STALLED=2), "refused", "--zip")
-
-
-def test_memory_does_not_grow_with_the_file(tmp_path):
-    content = b"PK" + bytes(8_000_000)
-    with FakeDrive(content) as drive:
-        tracemalloc.start()
-        run = celeba(tmp_path, "--url", drive.url, CELEBA_SIZE=len(content))
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-    assert_failed(run, hashlib.md5(content).hexdigest())
-    assert peak < 3_000_000
 
 
 # Ctrl-C, kills, two runs at once
@@ -369,26 +350,24 @@ def idx(array: np.ndarray) -> bytes:
 
 def test_mnist(tmp_path, monkeypatch):
     mnist = pytest.importorskip("torchvision.datasets").MNIST
-    images = np.random.default_rng(0).integers(0, 256, (7, 28, 28)).astype(np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (7, 28, 28), np.uint8)
     labels = np.arange(7, dtype=np.uint8)
     files = [idx(images[:5]), idx(labels[:5]), idx(images[5:]), idx(labels[5:])]
-    names = [name for name, _ in mnist.resources]
     md5s = [hashlib.md5(file).hexdigest() for file in files]
-    monkeypatch.setattr(mnist, "resources", list(zip(names, md5s, strict=True)))
+    resources = [(name, md5) for (name, _), md5 in zip(mnist.resources, md5s, strict=True)]
+    monkeypatch.setattr(mnist, "resources", resources)
     monkeypatch.setattr(mnist, "mirrors", [])
-    command = ["mnist", "--data_dir", tmp_path, "--url"]
     # Each file is asked for twice: torchvision first looks for redirects.
     good = [Reply(body=file) for file in files for _ in range(2)]
-    for bad in ([Reply(status=404)], [*good[:5], Reply(body=files[2][:99])], [Reply(status=0)]):
-        with FakeDrive(b"", bad) as drive:
-            assert_failed(call(*command, drive.host, MNIST_IMAGES=7), "MNIST", "--url")
-        assert tree(tmp_path) == []
-    assert_failed(call(*command, "http://[x", MNIST_IMAGES=7), "MNIST", "--url")
-    with FakeDrive(b"", good) as drive:
-        run = call(*command, drive.host, MNIST_IMAGES=7)
-        assert (run.returncode, run.stderr) == (0, ""), run
-        assert len(drive.ranges) == 8
-        assert "already" in call(*command, drive.host, MNIST_IMAGES=7).stdout
+    for replies in ([Reply(status=404)], [*good[:5], Reply(body=files[2][:99])], good):
+        assert not (tmp_path / "mnist" / "digits").exists()
+        with FakeDrive(b"", replies) as drive:
+            command = ["mnist", "--data_dir", tmp_path, "--url", drive.host]
+            run = call(*command, MNIST_IMAGES=7)
+        if replies is not good:
+            assert_failed(run, "MNIST", "--url")
+    assert (run.returncode, run.stderr) == (0, ""), run
+    assert "already" in call(*command, MNIST_IMAGES=7).stdout
     assert tree(tmp_path) == [f"mnist/digits/{i:05d}.png" for i in range(7)]
     for i, image in enumerate(images):
         assert np.array_equal(Image.open(tmp_path / f"mnist/digits/{i:05d}.png"), image)
@@ -396,25 +375,25 @@ def test_mnist(tmp_path, monkeypatch):
 
 def test_a_toy_set(tmp_path):
     data = tmp_path / "f\u00fcr"
-    command = ["toy", "--data_dir", data, "--n_images", 20, "--seed", 3]
+    command = ["toy", "--data_dir", data, "--n_images", 5, "--seed", 3]
     process = start(tmp_path, *command, env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
     out, err = process.communicate(timeout=60)
     assert (process.returncode, err) == (0, "") and "f\\xfcr" in out
     folder = data / "toy" / "img_align_toy"
-    names = [f"{i:06d}.jpg" for i in range(1, 21)]
-    assert tree(data) == [f"toy/img_align_toy/{name}" for name in [".seed", *names]]
+    names = [f"{i:06d}.jpg" for i in range(1, 6)]
+    assert tree(folder) == [".seed", *names]
     for i, name in enumerate(names, 1):
         with Image.open(folder / name) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (178, 218))
-        dd.draw_face(3, i).save(tmp_path / name, quality=92)
-        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+            error = np.subtract(image, dd.draw_face(3, i), dtype=float)
+        assert np.abs(error).mean() < 3, "the same face each time"
     assert "already" in call(*command).stdout
-    for other in (["--n_images", 21], ["--seed", 0]):
+    for other in (["--n_images", 6], ["--seed", 0]):
         assert_failed(call(*command, *other), folder, "another set", "--data_dir")
 
 
 def test_toy_faces_vary_and_sit_where_celeba_has_them():
-    faces = np.stack([np.asarray(dd.draw_face(0, i), np.float32) for i in range(1, 65)])
+    faces = np.stack([np.asarray(dd.draw_face(0, i), np.float32) for i in range(1, 33)])
     middle = faces[:, 39:179, 19:159].mean(-1)
     assert middle.std(0).mean() > 25, "from face to face"
     assert middle.std((1, 2)).min() > 12, "within each"
@@ -424,9 +403,3 @@ def test_toy_faces_vary_and_sit_where_celeba_has_them():
     for x in (50, 90):
         eye, cheek, brow = (mean[y - 3 : y + 4, x - 4 : x + 5].mean() for y in (72, 92, 45))
         assert eye < cheek - 5 and eye < brow + 20
-
-
-def test_it_starts_without_torch():
-    code = "import sys, download_datasets; print('torch' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
-    assert run.stdout == "False\n", run
