@@ -58,7 +58,7 @@ class DownloadError(Exception):
 def open_zip(url: str, start: int) -> requests.Response:
     """Returns the response with the zip, from byte `start` on if the host can.
 
-    Google Drive first sends a page with a form that confirms the download. Raises DownloadError, or
+    Google Drive first sends a page whose form confirms the download. Raises DownloadError, or
     requests.RequestException if another attempt may succeed.
     """
     # Some hosts compress the response and then ignore Range. The pages should be in English.
@@ -123,7 +123,7 @@ def md5_of(path: Path) -> str:
 def download(url: str, path: Path) -> None:
     """Downloads the zip to `path`, after the bytes that an earlier call left there.
 
-    Raises DownloadError if the host does not have it, or nothing new comes for two minutes.
+    Raises DownloadError if the host has no zip, or sends nothing new for two minutes.
     """
     stalled = 0
     with path.open("ab") as file:
@@ -139,8 +139,9 @@ def download(url: str, path: Path) -> None:
                     error = error.__context__
                 stalled = 0 if file.tell() > have else stalled + 1
                 if stalled == MAX_STALLED:
-                    fault = f"no progress ({error}): run this again later, or {BY_HAND}"
-                    raise DownloadError(fault) from error
+                    raise DownloadError(
+                        f"no progress ({error}): try later, or {BY_HAND}"
+                    ) from error
                 tqdm.write(f"{error}; trying again in {2**stalled} s")
                 time.sleep(2**stalled)
 
@@ -153,13 +154,13 @@ def get_celeba(data_dir: Path, url: str, file: Path | None) -> None:
     if file and not file.is_file():
         raise DownloadError(f"--zip {file}: there is no such file")
     with staging_folder(final) as folder:
-        path = file or folder.with_suffix(".zip")
+        path = file or folder.with_suffix(".zip.part")
         if not file:
             download(url, path)
         if (md5 := md5_of(path)) != CELEBA_MD5:
             if not file:
                 path.unlink()
-            raise DownloadError(f"{file or url} is damaged or another (MD5 {md5}); {BY_HAND}")
+            raise DownloadError(f"{file or url} is not CelebA's zip (MD5 {md5}); {BY_HAND}")
         with zipfile.ZipFile(path) as archive:
             images = [name for name in archive.namelist() if name.endswith(".jpg")]
             for name in tqdm(images, "extracting", disable=None):
@@ -185,8 +186,7 @@ def get_mnist(data_dir: Path, url: str | None) -> None:
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
                 parts = [MNIST(raw, train, download=True) for train in (True, False)]
         except Exception as error:
-            advice = "try again later, or another mirror with --url"
-            raise DownloadError(f"cannot download MNIST; {advice}: {error}") from error
+            raise DownloadError(f"no MNIST ({error}): try later, or another --url") from error
         shutil.rmtree(raw)
         images = np.concatenate([part.data for part in parts])
         for i, image in enumerate(tqdm(images, "writing", disable=None)):
@@ -301,8 +301,7 @@ def staging_folder(final: Path) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            advice = "wait for it, or set --data_dir"
-            raise DownloadError(f"another process works in {final.parent}: {advice}") from None
+            raise DownloadError(f"another process works in {hidden}: wait for it") from None
         # A run that ended early leaves its folder.
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()

@@ -90,7 +90,7 @@ def start(tmp_path: Path, *arguments: object, **popen: object) -> subprocess.Pop
 
 
 def part_file(tmp_path: Path, content: bytes | None = None) -> Path:
-    path = tmp_path / "data" / "celebA" / ".partial" / f"{HEAD}.zip"
+    path = tmp_path / "data" / "celebA" / ".partial" / f"{HEAD}.zip.part"
     if content is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
@@ -242,7 +242,7 @@ def test_ctrl_c_and_a_second_run(tmp_path):
         process = start(tmp_path, *options, drive.url)
         wait_for(lambda: part.exists() and part.stat().st_size > 5)
         run = celeba(tmp_path, "--url", drive.url)
-        assert_failed(run, "another process", tmp_path / "data" / "celebA", "--data_dir")
+        assert_failed(run, "another process", tmp_path / "data" / "celebA")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=15)
     assert (process.returncode, len(err.split("\n"))) == (130, 3) and "again" in err, err
@@ -272,7 +272,7 @@ def test_any_number_of_ctrl_c_while_faces_are_drawn(tmp_path):
 
 
 def test_a_killed_extraction(tmp_path):
-    folder = part_file(tmp_path, ZIP).with_suffix("")
+    folder = part_file(tmp_path, ZIP).parent / HEAD
     folder.mkdir()
     (folder / "000001.jpg").write_bytes(b"half")
     (folder / "999999.jpg").touch()
@@ -312,7 +312,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
         full = os.open("/dev/full", os.O_WRONLY)
         patch.setattr(Path, "write_bytes", lambda _, data: os.write(full, data))
         assert_failed(fetch(tmp_path)[0], "No space left")
-    assert tree(tmp_path) == [f"data/celebA/.partial/{HEAD}.zip"], "the zip is kept"
+    assert tree(tmp_path) == [f"data/celebA/.partial/{HEAD}.zip.part"], "the zip is kept"
     assert_complete(tmp_path, fetch(tmp_path)[0])
 
 
