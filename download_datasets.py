@@ -1,9 +1,9 @@
 """Downloads or draws a data set for main.py.
 
-    python3 download_datasets.py celebA             # -> data/celebA/img_align_celeba/000001.jpg ...
-    python3 download_datasets.py celebA --zip FILE  # the same, from a zip that is here already
-    python3 download_datasets.py mnist              # -> data/mnist/digits/00000.png ...
-    python3 download_datasets.py toy                # -> data/toy/img_align_toy/000001.jpg ...
+    python3 download_datasets.py celebA             # -> data/celebA/img_align_celeba/
+    python3 download_datasets.py celebA --zip FILE  # the same, from a copy of the zip
+    python3 download_datasets.py mnist              # -> data/mnist/digits/
+    python3 download_datasets.py toy                # -> data/toy/img_align_toy/
 
 The same command resumes an interrupted download. A data set that is complete is left alone.
 """
@@ -61,7 +61,7 @@ def open_zip(url: str, start: int) -> requests.Response:
     Google Drive first sends a page whose form confirms the download. Raises DownloadError, or
     requests.RequestException if another attempt may succeed.
     """
-    # Some hosts compress the response and then ignore Range. The pages should be in English.
+    # Some hosts ignore Range for a response that they compress. Pages should be in English.
     headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity", "Accept-Language": "en"}
     fields = {}
     for _ in range(4):
@@ -168,7 +168,7 @@ def get_celeba(data_dir: Path, url: str, file: Path | None) -> None:
 
 
 def get_mnist(data_dir: Path, url: str | None) -> None:
-    """Writes MNIST's images to `data_dir`/mnist: 60,000 for training, then 10,000 for testing."""
+    """Writes MNIST's images to `data_dir`/mnist. The last 10,000 are those for testing."""
     final = data_dir / "mnist" / "digits"
     if already_done(final, MNIST_IMAGES):
         return
@@ -204,20 +204,20 @@ def draw_face(seed: int, index: int) -> Image.Image:
     skin, hair = (rng.choice(tones) * uniform(0.85, 1.05) for tones in (SKIN, HAIR))
     wall = uniform(60, 200) + rng.normal(0, 22, 3) + rng.normal(0, 16, (2, 2, 3))
     light = uniform(0.8, 1.05) + uniform(-0.25, 0.25) * np.linspace(-1, 1, 178)[:, None]
-    # Colours at twice the size. Soft shadows (below 128) and highlights are a layer of their own.
+    # Colours, at twice the size; then soft shadows (below 128) and highlights.
     page = Image.fromarray(wall.clip(0, 255).astype(np.uint8)).resize((356, 436))
     shade = Image.new("L", (89, 109), 128)
     tilt, middle = rng.normal(0, 0.06), (89, 111) + rng.normal(0, 1.5, 2)
     spin = np.array([(np.cos(tilt), np.sin(tilt)), (-np.sin(tilt), np.cos(tilt))])
 
     def oval(x, y, rx, ry, colour, start=0, stop=360, on=page):
-        """Fills an ellipse or a part of it. Positions count from the middle between the eyes."""
+        """Fills an ellipse or a part of it. The origin is between the eyes."""
         angle = np.radians(np.linspace(start, stop, 40))
         points = np.stack([x + rx * np.cos(angle), y + ry * np.sin(angle)], 1) @ spin + middle
         points *= on.width / 178
         ImageDraw.Draw(on).polygon(points.ravel().tolist(), tuple(map(int, np.ravel(colour))))
 
-    wide, chin, turn, mane = uniform(42, 48), uniform(62, 70), rng.normal(0, 3.5), uniform(30, 100)
+    wide, turn, mane = uniform(42, 48), rng.normal(0, 3.5), uniform(30, 100)
     # Long hair, shoulders and neck.
     if mane > 65:
         oval(0, mane - 66, wide + uniform(5, 13), mane, 0.65 * hair)
@@ -228,7 +228,7 @@ def draw_face(seed: int, index: int) -> Image.Image:
     beard = skin + uniform(0.3, 0.9) * (hair - skin) if mane < 42 else skin
     for side in (-wide, wide):
         oval(side - 0.5 * turn, 8, 7, 12, 0.92 * skin)
-    oval(0, 0, wide, chin, beard, 0, 180)
+    oval(0, 0, wide, uniform(62, 70), beard, 0, 180)
     for side in (-17, 17):
         oval(turn + side, 12, 20, 22, skin)
     # Hair and forehead.
@@ -237,13 +237,14 @@ def draw_face(seed: int, index: int) -> Image.Image:
     oval(0, -48, 22, 7, 148, on=shade)
     # Eyes, glasses and brows.
     look, lid, brow = rng.normal(0, 1), uniform(3.6, 5.6), uniform(-12, -8)
-    iris, frame = uniform(30, 110, 3), 0.4 * hair if uniform() < 0.2 else skin
+    white, iris = (240, 237, 232), uniform(30, 110, 3)
+    frame = 0.4 * hair if uniform() < 0.2 else skin
     for x in (turn - 20, turn + 20):
         oval(x, 1, 16, 13, frame)
         oval(x, 1, 14, 11, skin)
         oval(x, 0, 14, 9, 112, on=shade)
         oval(x, 0, 10, lid + 1.5, 0.45 * skin, 180, 360)
-        oval(x, 0, 9.5, lid, (238, 234, 230))
+        oval(x, 0, 9.5, lid, white)
         oval(x + look, 0, 4.6, min(4.6, lid), iris)
         oval(x + look, 0, 2.2, 2.4, (14, 12, 14))
         oval(x, brow, 12, uniform(4.5, 6.5), 0.6 * hair, 190, 350)
@@ -258,15 +259,15 @@ def draw_face(seed: int, index: int) -> Image.Image:
     curve, teeth = max(0.5, 4 * smile), max(0, uniform(-4, 9)) if smile > 0.2 else 0
     oval(x, y, mouth, 4 + curve + teeth, lips, 0, 180)
     oval(x, y + 1, mouth, 4, lips, 180, 360)
-    oval(x, y + 0.5, 0.85 * mouth, curve + teeth, (244, 240, 234) if teeth else 0.6 * lips, 0, 180)
+    oval(x, y + 0.5, 0.85 * mouth, curve + teeth, white if teeth else 0.6 * lips, 0, 180)
     oval(x, y - 0.8, 0.85 * mouth, curve, lips, 0, 180)
-    shade = np.asarray(shade.filter(ImageFilter.GaussianBlur(2)).resize((178, 218)))[..., None]
-    pixels = np.asarray(page.reduce(2)) * light * (shade / 128)
+    shade = shade.filter(ImageFilter.GaussianBlur(2)).resize((178, 218))
+    pixels = np.asarray(page.reduce(2)) * light * (np.asarray(shade)[..., None] / 128)
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def get_toy(data_dir: Path, seed: int, n_images: int) -> None:
-    """Writes `n_images` toy faces to `data_dir`/toy. The seed alone decides what they look like."""
+    """Writes `n_images` toy faces to `data_dir`/toy. They depend on the seed alone."""
     final = data_dir / "toy" / "img_align_toy"
     if already_done(final, n_images, str(seed)):
         return
@@ -277,13 +278,13 @@ def get_toy(data_dir: Path, seed: int, n_images: int) -> None:
 
 
 def already_done(final: Path, n_images: int, seed: str = "") -> bool:
-    """Returns whether the folder `final` is there. Raises DownloadError if it has other images."""
+    """Returns whether `final` is there. Raises DownloadError if it has other images."""
     if not final.exists():
         return False
     count = sum(name.endswith((".jpg", ".png")) for name in os.listdir(final))
     note = final / ".seed"
-    if count != n_images or (note.read_bytes() if note.exists() else b"") != seed.encode():
-        raise DownloadError(f"{final} is another set ({count} images): remove it or set --data_dir")
+    if count != n_images or (note.exists() and note.read_bytes() != seed.encode()):
+        raise DownloadError(f"{final} has other images ({count}): remove it or set --data_dir")
     print(f"{final} has its {count} images already")
     return True
 
@@ -292,7 +293,7 @@ def already_done(final: Path, n_images: int, seed: str = "") -> bool:
 def staging_folder(final: Path) -> Iterator[Path]:
     """Yields an empty folder that becomes `final` when the body has succeeded.
 
-    Raises DownloadError if another process is at it. main.py ignores the hidden folder around it.
+    Raises DownloadError if another process is at it. main.py ignores hidden folders.
     """
     hidden = final.parent / ".partial"
     folder = hidden / final.name
@@ -327,20 +328,20 @@ def parse_args() -> argparse.Namespace:
     source.add_argument("--url", default=CELEBA_URL, help="another address of the zip")
     source.add_argument("--zip", type=Path, dest="file", help="a copy of img_align_celeba.zip")
     mnist = sets.add_parser("mnist", help="70,000 handwritten digits, 11 MB")
-    mnist.add_argument("--url", help="a mirror: the folder that has the four .gz files")
+    mnist.add_argument("--url", help="a mirror: the folder of the four .gz files")
     toy = sets.add_parser("toy", help="drawn faces of CelebA's size, without a network")
     toy.add_argument("--seed", type=int, default=0, help="which faces, 0 or more (default: 0)")
     toy.add_argument("--n_images", type=int, default=4000, help="1 to 999999 (default: 4000)")
     for one in (celeba, mnist, toy):
         one.add_argument("--data_dir", type=Path, default="data", help="(default: data)")
     options = parser.parse_args()
-    if options.dataset == "toy" and not (options.seed >= 0 and 1 <= options.n_images <= 999_999):
+    if options.dataset == "toy" and (options.seed < 0 or not 0 < options.n_images < 10**6):
         parser.error("--seed must be 0 or more, and --n_images 1 to 999999")
     return options
 
 
 def interrupt(*_: object) -> None:
-    """Ends the program at once. A run may be stopped at any moment, and the next one continues."""
+    """Ends the program at once, as the next run can continue from any moment."""
     signal.signal(signal.SIGINT, lambda *_: None)
     os.write(2, b"\ninterrupted: run the same command again to continue\n")
     os._exit(130)
@@ -357,7 +358,7 @@ def main() -> int:
         message = str(error)
     except OSError as error:
         fault = f"{error.filename or options['data_dir']}: {error.strerror or error}"
-        message = f"{fault}; make room, or set --data_dir to a folder that you may write to"
+        message = f"{fault}; make room, or set another --data_dir"
     print(f"download_datasets.py: error: {' '.join(message.split())}", file=sys.stderr)
     return 1
 

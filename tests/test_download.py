@@ -299,7 +299,7 @@ def test_another_set_is_left_alone(tmp_path):
     folder = tmp_path / "data" / "celebA" / HEAD
     folder.mkdir(parents=True)
     (folder / "000001.jpg").write_bytes(b"mine")
-    assert_failed(celeba(tmp_path), folder, "1 images", "remove", "--data_dir")
+    assert_failed(celeba(tmp_path), folder, "other images (1)", "--data_dir")
     assert tree(tmp_path) == [f"data/celebA/{NAMES[0]}"]
 
 
@@ -389,7 +389,7 @@ def test_a_toy_set(tmp_path):
         assert np.abs(error).mean() < 3, "the same face each time"
     assert "already" in call(*command).stdout
     for other in (["--n_images", 6], ["--seed", 0]):
-        assert_failed(call(*command, *other), folder, "another set", "--data_dir")
+        assert_failed(call(*command, *other), folder, "other images", "--data_dir")
 
 
 def test_toy_faces_vary_and_sit_where_celeba_has_them():
