@@ -21,7 +21,7 @@ CONFIRMED = {"id": ["ID"], "confirm": ["t"], "uuid": ["1&2"]}
 class Reply:
     """How the host answers one request for the file. By default it behaves well."""
 
-    status: int | None = None  # in place of the right one; 0 hangs up without a word
+    status: int | None = None  # in place of the right one
     headers: dict[str, str | None] = field(default_factory=dict)  # changed; None leaves one out
     body: bytes | None = None  # in place of the file's bytes
     ranges: bool = True  # False: sends the whole file with status 200
@@ -74,9 +74,6 @@ class FakeDrive:
         reply = self.replies.pop(0) if len(self.replies) > 1 else self.replies[0]
         asked, length = request.headers["Range"], len(self.content)
         self.ranges.append(asked)
-        if reply.status == 0:
-            request.close_connection = True
-            return
         status, start, headers = 200, 0, {}
         if asked and reply.ranges and not reply.status:
             status, start = 206, int(asked[len("bytes=") : -1])

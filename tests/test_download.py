@@ -6,7 +6,6 @@ of signals and locks start a copy of the program with the same changes.
 
 from __future__ import annotations
 
-import contextlib
 import gzip
 import hashlib
 import io
@@ -18,6 +17,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,30 +33,24 @@ import download_datasets as dd  # noqa: E402
 HEAD = "img_align_celeba"
 NAMES = [f"{HEAD}/{i:06d}.jpg" for i in range(1, 7)]
 HTML = b"<html><title>Sign in</title></html>"
-IMAGES = np.random.default_rng(0).integers(0, 256, (6, 100_000), np.uint8)
-with io.BytesIO() as file, zipfile.ZipFile(file, "w") as archive:
-    archive.writestr(f"{HEAD}/", "")
-    for name, image in zip(NAMES, IMAGES, strict=True):
-        archive.writestr(name, image.tobytes())
-    archive.close()
+IMAGES = [np.random.default_rng(i).bytes(100_000) for i in range(6)]
+with io.BytesIO() as file:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(f"{HEAD}/", "")
+        for name, image in zip(NAMES, IMAGES, strict=True):
+            archive.writestr(name, image)
     ZIP = file.getvalue()
+PART = f"data/celebA/.partial/{HEAD}.zip.part"
 HAVE = 300_000  # bytes of ZIP in the partial file at the start of many tests
 WRONG = ZIP[:100] + b"?" + ZIP[101:]
-CONSTANTS = {
-    "CELEBA_MD5": hashlib.md5(ZIP).hexdigest(),
-    "CELEBA_SIZE": len(ZIP),
-    "CELEBA_IMAGES": len(NAMES),
-}
+MD5 = hashlib.md5(ZIP).hexdigest()
+CONSTANTS = {"CELEBA_MD5": MD5, "CELEBA_SIZE": len(ZIP), "CELEBA_IMAGES": len(NAMES)}
 
 
 def call(*arguments: object, **values: object) -> subprocess.CompletedProcess:
     """Runs `main` in this process, with `values` for the module's constants and without pauses."""
     out, err, pauses = io.StringIO(), io.StringIO(), []
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", ["download_datasets.py", *map(str, arguments)])
         patch.setattr(dd, "time", SimpleNamespace(sleep=pauses.append))
         for name, value in values.items():
@@ -89,11 +83,10 @@ def start(tmp_path: Path, *arguments: object, **popen: object) -> subprocess.Pop
     return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, **popen)
 
 
-def part_file(tmp_path: Path, content: bytes | None = None) -> Path:
-    path = tmp_path / "data" / "celebA" / ".partial" / f"{HEAD}.zip.part"
-    if content is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+def part_file(tmp_path: Path, content: bytes) -> Path:
+    path = tmp_path / PART
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
     return path
 
 
@@ -107,8 +100,7 @@ def assert_complete(tmp_path: Path, run: subprocess.CompletedProcess) -> None:
     assert (run.returncode, run.stderr) == (0, ""), run
     folder = tmp_path / "data" / "celebA"
     assert tree(folder) == NAMES and os.listdir(folder) == [HEAD]
-    for name, image in zip(NAMES, IMAGES, strict=True):
-        assert (folder / name).read_bytes() == image.tobytes()
+    assert [(folder / name).read_bytes() for name in NAMES] == IMAGES
 
 
 def assert_failed(run: subprocess.CompletedProcess, *words: object, status: int = 1) -> None:
@@ -154,13 +146,9 @@ def test_good_answers_of_many_forms(tmp_path, replies):
         assert_complete(tmp_path, celeba(tmp_path, "--url", drive.host))
 
 
-SPAN = f"bytes {HAVE - 7}-/{len(ZIP)}"
-
-
 @pytest.mark.parametrize(
     ("reply", "words"),
     [
-        (Reply(status=0), "without response"),
         (Reply(status=503), "503"),
         (Reply(status=429, body=HTML), "429"),
         (Reply(status=404, body=HTML), "404"),
@@ -171,8 +159,8 @@ SPAN = f"bytes {HAVE - 7}-/{len(ZIP)}"
         (Reply(status=200, body=QUOTA_PAGE), "quota is used up"),
         (Reply(status=200, body=ZIP[:1000]), "another file, of 1,000 bytes"),
         (Reply(status=200, body=b"", chunked=True), "ended after 300,000"),
-        (Reply(body=ZIP[HAVE - 7 :], headers={"Content-Range": SPAN}), SPAN),
-        (Reply(body=ZIP[HAVE:], headers={"Content-Range": None}), "the host sends ''"),
+        (Reply(body=ZIP[HAVE - 7 :], headers={"Content-Range": "bytes 9-"}), "sends 'bytes 9-'"),
+        (Reply(body=ZIP[HAVE:], headers={"Content-Range": None}), "sends ''"),
         (Reply(cut=0), "IncompleteRead"),
         (Reply(cut=2 << 16, ranges=False), "IncompleteRead"),
     ],
@@ -183,18 +171,15 @@ def test_a_bad_answer_loses_nothing(tmp_path, reply, words):
     run, _ = fetch(tmp_path, reply, MAX_STALLED=2)
     assert_failed(run, words, "--zip")
     assert part.read_bytes() == ZIP[:HAVE]
-    # The next answer is good; some answers end the run.
-    run, drive = fetch(tmp_path, reply, Reply())
-    if run.returncode:
-        run, drive = fetch(tmp_path)
+    run, drive = fetch(tmp_path)
     assert_complete(tmp_path, run)
-    assert set(drive.ranges) == {f"bytes={HAVE}-"}, "nothing is downloaded twice"
+    assert drive.ranges == [f"bytes={HAVE}-"], "nothing is downloaded twice"
 
 
 def test_a_page_without_a_name_is_not_kept(tmp_path):
     reply = Reply(status=200, body=HTML, headers={"Content-Type": None}, chunked=True, block=1)
     assert_failed(fetch(tmp_path, reply)[0], "not a zip", "--zip")
-    assert part_file(tmp_path).read_bytes() == b""
+    assert (tmp_path / PART).read_bytes() == b""
 
 
 @pytest.mark.parametrize("part", [WRONG[:HAVE], ZIP + b"more"], ids=len)
@@ -211,8 +196,7 @@ def test_retries_are_bounded(tmp_path):
     assert len(drive.ranges) == dd.MAX_STALLED
     assert run.args == [2**i for i in range(1, dd.MAX_STALLED)], "seconds"
     # As long as bytes come, there is no end.
-    run, drive = fetch(tmp_path, Reply(cut=1 << 16), MAX_STALLED=1)
-    assert_complete(tmp_path, run)
+    assert_complete(tmp_path, fetch(tmp_path, Reply(cut=1 << 16), MAX_STALLED=1)[0])
 
 
 def test_a_silent_host(tmp_path):
@@ -223,8 +207,6 @@ def test_a_silent_host(tmp_path):
 def test_addresses_that_cannot_be_read(tmp_path):
     for url in ("ftp://host/file", "http://[bad]/x", "http://.x./", "", "http://a:b/"):
         assert_failed(celeba(tmp_path, "--url", url), "cannot read", "--zip")
-    for url in ("ftp://host/file", "http://[bad]/x"):
-        assert_failed(fetch(tmp_path, Reply(status=302, headers={"Location": url}))[0])
     page = b'<form action="http://[x/download"></form>'
     assert_failed(fetch(tmp_path, Reply(status=200, body=page))[0], "cannot read", "--zip")
     with FakeDrive(ZIP) as drive:
@@ -236,7 +218,7 @@ def test_addresses_that_cannot_be_read(tmp_path):
 
 
 def test_ctrl_c_and_a_second_run(tmp_path):
-    part = part_file(tmp_path)
+    part = tmp_path / PART
     options = ["celebA", "--data_dir", tmp_path / "data", "--url"]
     with FakeDrive(ZIP, [Reply(chunked=True, block=1, pause=0.02)]) as drive:
         process = start(tmp_path, *options, drive.url)
@@ -303,17 +285,11 @@ def test_another_set_is_left_alone(tmp_path):
     assert tree(tmp_path) == [f"data/celebA/{NAMES[0]}"]
 
 
-def test_a_full_disk(tmp_path, monkeypatch):
-    part_file(tmp_path, b"").unlink()
-    part_file(tmp_path).symlink_to("/dev/full")
+def test_a_full_disk(tmp_path):
+    part = part_file(tmp_path, b"")
+    part.unlink()
+    part.symlink_to("/dev/full")
     assert_failed(fetch(tmp_path)[0], "No space left", "make room", "--data_dir")
-    part_file(tmp_path).unlink()
-    with monkeypatch.context() as patch:
-        full = os.open("/dev/full", os.O_WRONLY)
-        patch.setattr(Path, "write_bytes", lambda _, data: os.write(full, data))
-        assert_failed(fetch(tmp_path)[0], "No space left")
-    assert tree(tmp_path) == [f"data/celebA/.partial/{HEAD}.zip.part"], "the zip is kept"
-    assert_complete(tmp_path, fetch(tmp_path)[0])
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
@@ -358,14 +334,13 @@ def test_mnist(tmp_path, monkeypatch):
     monkeypatch.setattr(mnist, "resources", resources)
     monkeypatch.setattr(mnist, "mirrors", [])
     # Each file is asked for twice: torchvision first looks for redirects.
-    good = [Reply(body=file) for file in files for _ in range(2)]
-    for replies in ([Reply(status=404)], [*good[:5], Reply(body=files[2][:99])], good):
-        assert not (tmp_path / "mnist" / "digits").exists()
+    for replies in ([Reply(status=404)], [Reply(body=file) for file in files for _ in range(2)]):
         with FakeDrive(b"", replies) as drive:
             command = ["mnist", "--data_dir", tmp_path, "--url", drive.host]
             run = call(*command, MNIST_IMAGES=7)
-        if replies is not good:
+        if replies == [Reply(status=404)]:
             assert_failed(run, "MNIST", "--url")
+            assert os.listdir(tmp_path / "mnist") == [".partial"]
     assert (run.returncode, run.stderr) == (0, ""), run
     assert "already" in call(*command, MNIST_IMAGES=7).stdout
     assert tree(tmp_path) == [f"mnist/digits/{i:05d}.png" for i in range(7)]
