@@ -342,7 +342,6 @@ def parse_args() -> argparse.Namespace:
 
 def interrupt(*_: object) -> None:
     """Ends the program at once, as the next run can continue from any moment."""
-    signal.signal(signal.SIGINT, lambda *_: None)
     os.write(2, b"\ninterrupted: run the same command again to continue\n")
     os._exit(130)
 

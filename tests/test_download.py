@@ -164,7 +164,6 @@ def test_good_answers_of_many_forms(tmp_path, replies):
         (Reply(cut=0), "IncompleteRead"),
         (Reply(cut=2 << 16, ranges=False), "IncompleteRead"),
     ],
-    ids=str,
 )
 def test_a_bad_answer_loses_nothing(tmp_path, reply, words):
     part = part_file(tmp_path, ZIP[:HAVE])
@@ -223,8 +222,7 @@ def test_ctrl_c_and_a_second_run(tmp_path):
     with FakeDrive(ZIP, [Reply(chunked=True, block=1, pause=0.02)]) as drive:
         process = start(tmp_path, *options, drive.url)
         wait_for(lambda: part.exists() and part.stat().st_size > 5)
-        run = celeba(tmp_path, "--url", drive.url)
-        assert_failed(run, "another process", tmp_path / "data" / "celebA")
+        assert_failed(fetch(tmp_path)[0], "another process", tmp_path / "data" / "celebA")
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=15)
     assert (process.returncode, len(err.split("\n"))) == (130, 3) and "again" in err, err
@@ -304,11 +302,8 @@ def test_bad_options():
         "toy --n_images 0": "--n_images",
         "toy --n_images 1000000": "999999",
         "toy --seed -1": "--seed",
-        "toy --seed 1.5": "--seed",
-        "toy --url http://host/f": "--url",
         "mnist --zip f": "--zip",
         "celebA --url http://host/f --zip f": "--zip",
-        "celeba": "celebA",
         "": "celebA",
     }
     for options, word in named.items():
@@ -344,8 +339,8 @@ def test_mnist(tmp_path, monkeypatch):
     assert (run.returncode, run.stderr) == (0, ""), run
     assert "already" in call(*command, MNIST_IMAGES=7).stdout
     assert tree(tmp_path) == [f"mnist/digits/{i:05d}.png" for i in range(7)]
-    for i, image in enumerate(images):
-        assert np.array_equal(Image.open(tmp_path / f"mnist/digits/{i:05d}.png"), image)
+    written = [np.asarray(Image.open(tmp_path / name)) for name in tree(tmp_path)]
+    assert np.array_equal(written, images)
 
 
 def test_a_toy_set(tmp_path):
@@ -357,11 +352,9 @@ def test_a_toy_set(tmp_path):
     folder = data / "toy" / "img_align_toy"
     names = [f"{i:06d}.jpg" for i in range(1, 6)]
     assert tree(folder) == [".seed", *names]
-    for i, name in enumerate(names, 1):
+    for name in names:
         with Image.open(folder / name) as image:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (178, 218))
-            error = np.subtract(image, dd.draw_face(3, i), dtype=float)
-        assert np.abs(error).mean() < 3, "the same face each time"
     assert "already" in call(*command).stdout
     for other in (["--n_images", 6], ["--seed", 0]):
         assert_failed(call(*command, *other), folder, "other images", "--data_dir")
@@ -372,7 +365,9 @@ def test_toy_faces_vary_and_sit_where_celeba_has_them():
     middle = faces[:, 39:179, 19:159].mean(-1)
     assert middle.std(0).mean() > 25, "from face to face"
     assert middle.std((1, 2)).min() > 12, "within each"
-    assert not np.array_equal(dd.draw_face(0, 1), dd.draw_face(1, 1))
+    for seed in (0, 1):
+        same = np.array_equal(dd.draw_face(seed, 1), faces[0])
+        assert same == (seed == 0), "the seed alone decides"
     # On average an eye is darker than the cheek below it and the forehead above.
     mean = middle.mean(0)
     for x in (50, 90):
