@@ -101,7 +101,7 @@ def receive(url: str, file: BinaryIO) -> None:
     bar = tqdm(initial=have, total=CELEBA_SIZE, unit="B", unit_scale=True, disable=None)
     with response, bar:
         while file.tell() < CELEBA_SIZE and (chunk := next(chunks, b"")):
-            if file.tell() == 0 and not b"PK".startswith(chunk[:2]):
+            if file.tell() == skip and not b"PK".startswith(chunk[:2]):  # byte 0
                 raise DownloadError(f"{url} is not a zip; {BY_HAND}")
             new = chunk[skip:][: CELEBA_SIZE - file.tell()]
             skip -= len(chunk) - len(new)
@@ -186,7 +186,7 @@ def get_mnist(data_dir: Path, url: str | None) -> None:
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
                 parts = [MNIST(raw, train, download=True) for train in (True, False)]
         except Exception as error:
-            raise DownloadError(f"no MNIST ({error}): try later, or another --url") from error
+            raise DownloadError(f"no MNIST: {error}; try later, or another --url") from error
         shutil.rmtree(raw)
         images = np.concatenate([part.data for part in parts])
         for i, image in enumerate(tqdm(images, "writing", disable=None)):
