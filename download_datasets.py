@@ -5,7 +5,7 @@
     python3 download_datasets.py mnist              # -> data/mnist/digits/
     python3 download_datasets.py toy                # -> data/toy/img_align_toy/
 
-The same command resumes an interrupted download. A data set that is complete is left alone.
+The same command resumes an interrupted download. A complete data set is left alone.
 """
 
 import signal
@@ -42,17 +42,17 @@ CELEBA_MD5 = "00d2c5bc6d35e252742224ab0c1e8fcb"
 CELEBA_SIZE = 1_443_490_838  # bytes
 CELEBA_IMAGES = 202_599
 MNIST_IMAGES = 70_000
-BY_HAND = "get the zip by hand from http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and use --zip"
+BY_HAND = "get the zip from http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and use --zip"
 
 TIMEOUT_S = (15, 60)  # to connect, and between two reads
-MAX_STALLED = 7  # attempts in a row without a new byte, with pauses of 2, 4, 8 ... seconds
+MAX_STALLED = 7  # attempts without a new byte, with pauses of 2, 4, 8 ... seconds
 
 
 class DownloadError(Exception):
     """A final error, shown as one line."""
 
 
-# CelebA. torchvision's downloader cannot resume, and Google Drive often breaks off 1.4 GB.
+# torchvision's downloader cannot resume, and Google Drive often breaks off 1.4 GB.
 
 
 def open_zip(url: str, start: int) -> requests.Response:
@@ -61,7 +61,7 @@ def open_zip(url: str, start: int) -> requests.Response:
     Google Drive first sends a page whose form confirms the download. Raises DownloadError, or
     requests.RequestException if another attempt may succeed.
     """
-    # Some hosts ignore Range for a response that they compress. Pages should be in English.
+    # Some hosts ignore Range where they compress. Pages should be in English.
     headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity", "Accept-Language": "en"}
     fields = {}
     for _ in range(4):
@@ -96,7 +96,7 @@ def receive(url: str, file: BinaryIO) -> None:
         raise DownloadError(f"{url} is another file, of {int(size):,} bytes; {BY_HAND}")
     # A host that cannot resume begins with the bytes that are here.
     skip = 0 if resumes else have
-    # Small chunks, because a broken connection loses the last, incomplete one.
+    # Small chunks, because a broken connection loses the last one.
     chunks = response.iter_content(1 << 12)
     bar = tqdm(initial=have, total=CELEBA_SIZE, unit="B", unit_scale=True, disable=None)
     with response, bar:
@@ -198,7 +198,7 @@ HAIR = np.array([(30, 25, 26), (70, 45, 32), (104, 60, 34), (214, 176, 110), (18
 
 
 def draw_face(seed: int, index: int) -> Image.Image:
-    """Returns face `index` of the set `seed`: 178 x 218 pixels, the eyes where CelebA's are."""
+    """Returns face `index` of the set `seed`, 178 x 218, the eyes where CelebA's are."""
     rng = np.random.default_rng([seed, index])
     uniform = rng.uniform
     skin, hair = (rng.choice(tones) * uniform(0.85, 1.05) for tones in (SKIN, HAIR))
@@ -249,7 +249,7 @@ def draw_face(seed: int, index: int) -> Image.Image:
         oval(x + look, 0, 2.2, 2.4, (14, 12, 14))
         oval(x, brow, 12, uniform(4.5, 6.5), 0.6 * hair, 190, 350)
         oval(x, brow + 2.5, 12, 4.5, skin, 180, 360)
-    # Nose and mouth. What is nearer to the viewer moves more when the head turns.
+    # Nose and mouth: what is nearer moves more when the head turns.
     nose, x, y = 1.8 * turn, 1.3 * turn, 41 - 4 * (smile := uniform(-0.3, 1))
     oval(nose + 4 * np.sign(turn), 12, 5, 14, 112, on=shade)
     oval(nose, 12, 3, 8, 150, on=shade)
@@ -341,7 +341,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def interrupt(*_: object) -> None:
-    """Ends the program at once, as the next run can continue from any moment."""
+    """Ends the program at once: the next run continues from any moment."""
     os.write(2, b"\ninterrupted: run the same command again to continue\n")
     os._exit(130)
 
