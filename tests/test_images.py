@@ -480,21 +480,6 @@ def test_a_thread_reads_few_batches_ahead_and_ends_with_its_consumer(array):
         list(utils.batches(array, [np.array([1]), np.array([50])], CPU))
 
 
-def test_an_array_goes_to_a_gpu_if_it_fits_in_half_of_the_free_memory(array, monkeypatch):
-    gpu, placed = torch.device("cuda", 0), []
-
-    def place(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        placed.append(device)
-        return torch.zeros(shape, dtype=dtype)
-
-    monkeypatch.setattr(torch, "empty", place)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * array.nbytes - 1, 10**12))
-    assert utils.put_on_device(array, CPU) is utils.put_on_device(array, gpu) is array
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * array.nbytes, 10**12))
-    assert not placed and np.array_equal(utils.put_on_device(array, gpu), array)
-    assert placed == [gpu]
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_batches_on_a_gpu(array):
     gpu = torch.device("cuda", 0)

@@ -21,9 +21,6 @@ import utils
 CPU = utils.World(0, 1, torch.device("cpu"))
 KERNELS = ("IMQ", "RBF")
 ARCHS = ("dcgan", "paper")
-each_network = pytest.mark.parametrize(
-    ("arch", "image_size"), [(arch, size) for arch in ARCHS for size in model.IMAGE_SIZES]
-)
 
 
 @pytest.fixture(autouse=True)
@@ -100,13 +97,6 @@ def test_mmd_equals_a_loop_over_pairs(kernel, pz_scale, scales):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_mmd_of_two_draws_of_one_distribution_is_zero_on_average(kernel):
-    draws = (1 + 2 * torch.randn(1500, 2, 6, 3)).unbind()
-    values = torch.stack([model.mmd_penalty(*draw, kernel) for draw in draws])
-    assert_mean(values, 0.0)
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
 def test_mmd_gradient_equals_finite_differences(kernel, monkeypatch):
     # Finite differences would see the bandwidth change, through which no gradient passes.
     monkeypatch.setattr(model, "median_bandwidth", lambda *_: 3.0)
@@ -156,15 +146,6 @@ def test_mmd_to_prior_is_the_mean_penalty_over_draws_of_the_prior(nz, pz_scale):
     assert values.std() / math.sqrt(3000) < 0.02 * values.mean()  # a sharp comparison
 
 
-def test_mmd_to_prior_of_many_codes():
-    """Repeats codes: their part changes as follows, the prior's and the mixed part do not."""
-    n, times, codes = 300, 5, torch.randn(300, 2)
-    pairs = model.imq_kernel(torch.cdist(codes, codes).square(), 2, 1.0).sum()
-    within = [k * pairs / (n * (n * k - 1)) - 7 / (n * k - 1) for k in (1, times)]
-    many, few = model.mmd_to_prior(codes.repeat(times, 1)), model.mmd_to_prior(codes)
-    assert (many - few).item() == pytest.approx((within[1] - within[0]).item(), rel=1e-3)
-
-
 # --------------------------------------------------------------------------------------------------
 # GAN and VAE
 
@@ -204,15 +185,6 @@ def test_kl_divergence_is_that_of_gaussians():
     prior = Independent(Normal(torch.zeros(20, 4).double(), 1.5), 1)
     expected = torch.distributions.kl_divergence(posterior, prior).mean()
     torch.testing.assert_close(model.kl_divergence(mean, log_variance, 1.5), expected)
-
-
-def test_the_cost_of_the_vae_is_lambda_times_a_negative_log_likelihood():
-    """Takes the decoder's variance to be 10 LAMBDA, up to a constant, which drops out."""
-    LAMBDA = 0.7
-    x, y = 2 * torch.rand(2, 5, 3, 8, 8, dtype=torch.float64) - 1
-    log_p, best = (Normal(mean, math.sqrt(10 * LAMBDA)).log_prob(x) for mean in (y, x))
-    expected = LAMBDA * (best - log_p).sum((1, 2, 3)).mean()
-    torch.testing.assert_close(model.reconstruction_cost(x, y, symmetric=True), expected)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -276,7 +248,7 @@ def test_gan_step_is_a_step_of_the_discriminator_and_one_of_the_auto_encoder(tri
     [
         (["--mode=mmd"], ("IMQ", 2.0)),
         (["--mode=mmd", "--kernel=RBF"], ("RBF", 2.0)),
-        (["--mode=mmd", "--imq_scales=1"], ("IMQ", 2.0, (1.0,))),
+        (["--mode=mmd", "--imq_scales=1", "--quadratic=.5"], ("IMQ", 2.0, (1.0,), 0.5)),
         (["--mode=vae"], None),
     ],
 )
@@ -315,7 +287,8 @@ def test_cost_counts_pixels_on_the_scale_from_minus_one_to_one():
         assert gradient.isfinite().all()
 
 
-@each_network
+@pytest.mark.parametrize("image_size", model.IMAGE_SIZES)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_shapes_and_ranges(arch, image_size):
     x = torch.rand(2, 3, image_size, image_size)
     for noise in ("deterministic", "add_noise", "gaussian"):
@@ -331,17 +304,6 @@ def test_shapes_and_ranges(arch, image_size):
     assert 0 < y.min() < 0.5 < y.max() < 1
     # One layer's outputs through a sigmoid, and through a tanh.
     torch.testing.assert_close(y_symmetric, torch.logit(y).tanh(), rtol=1e-4, atol=1e-5)
-
-
-@each_network
-def test_every_pixel_moves_the_code(arch, image_size):
-    """Makes all weights positive: no ReLU is off, and no two paths cancel."""
-    network = encoder(image_size, arch=arch).eval()
-    for weight in network.parameters():
-        weight.data.abs_()
-    x = torch.rand(1, 3, image_size, image_size, requires_grad=True)
-    (gradient,) = torch.autograd.grad(network(x)[0].sum(), x)
-    assert (gradient > 0).all()
 
 
 @pytest.mark.parametrize(("arch", "kernel", "side"), [("paper", 5, 8), ("dcgan", 4, 4)])
@@ -494,14 +456,6 @@ def test_gaussian_w2_by_hand():
     assert model.gaussian_w2(exact, pz_scale=1.5).item() == pytest.approx(0, abs=1e-12)
 
 
-def test_gaussian_w2_sees_unused_directions_that_the_mmd_hardly_sees():
-    codes = torch.randn(2000, 64)
-    half = torch.cat([math.sqrt(2) * codes[:, :32], torch.zeros(2000, 32)], 1)
-    shifted = codes + 0.5
-    assert model.mmd_to_prior(half) < 0.1 * model.mmd_to_prior(shifted)
-    assert model.gaussian_w2(half) > 2 * model.gaussian_w2(shifted)
-
-
 def test_one_component_is_the_gaussian_with_the_moments_of_the_codes():
     codes = double(300, 3) @ torch.tensor([[2.0, 1, 0], [0, 1, -1], [0, 0, 0.5]]).double() + 3
     mean, covariance = codes.mean(0), codes.T.cov(correction=0)
@@ -559,7 +513,7 @@ def test_sharpness_is_the_variance_of_the_laplace_filtered_grey_image():
 
 
 def test_the_quadratic_kernel_measures_second_moments_of_shrunk_codes():
-    """With its weight, it adds the MMD of (x . y)^2 by pairs, which unused directions raise."""
+    """With its weight, it adds the MMD of (x . y)^2, computed here pair by pair."""
     nz, scale, n = 8, 1.5, 30
     codes = scale * torch.randn(n, nz) * torch.tensor([0.0] * 2 + [1.0] * 6)
     prior = model.sample_prior(n, nz, scale)
@@ -573,12 +527,6 @@ def test_the_quadratic_kernel_measures_second_moments_of_shrunk_codes():
     plain = model.mmd_penalty(codes, prior, "IMQ", scale)
     added = model.mmd_penalty(codes, prior, "IMQ", scale, quadratic=0.5) - plain
     assert added.item() == pytest.approx(0.5 * expected, abs=1e-5)
-
-    many = scale * torch.randn(2000, nz)
-    unused = many * torch.tensor([0.0] * 2 + [(8 / 6) ** 0.5] * 6)  # as long, on average
-    prior = model.sample_prior(2000, nz, scale)
-    full, flat = (model.mmd_penalty(z, prior, "IMQ", scale, quadratic=1.0) for z in (many, unused))
-    assert flat > 0.2 > 10 * full.abs()
 
 
 def test_the_quadratic_kernel_is_bounded():

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from kill_and_resume import compare, differences, flags_of, unequal
@@ -218,15 +217,6 @@ def test_output_that_goes_nowhere_does_not_end_a_run(what, trained, mmd_flags, t
     assert differences(trained["mmd"], tmp_path / "x") == []
 
 
-def test_a_log_that_is_removed_meanwhile_is_whole_at_the_end(mmd_flags, tmp_path):
-    outf = tmp_path / "x"
-    program = Program(tmp_path, *mmd_flags, "--niter=12", "--sample_every=12", f"--outf={outf}")
-    program.wait_until(lambda: log_lines(outf) >= 3)
-    (outf / "log.csv").unlink()
-    program.succeeds()
-    assert steps(outf) == list(range(1, 37))
-
-
 # --------------------------------------------------------------------------------------------------
 # Runs that continue elsewhere, with other flags, or on other images
 
@@ -351,7 +341,7 @@ def put(place: str, value: Any) -> Callable[[dict], None]:
 WEIGHT, MOMENTS = "net/encoder.moments.bias", "optimizer_net/state/0"
 WRONG = [
     *[put(key, None) for key in ("net", "optimizer_net", "step", "flags", WEIGHT)],
-    *[put(key, "text") for key in ("net", "optimizer_net", "step", "flags", WEIGHT, MOMENTS)],
+    *[put(key, "text") for key in ("net", "optimizer_net", "step", "flags", WEIGHT)],
     *[put("flags/nz", value) for value in (-1, "4 --evaluate", [4], 8)],
     *[put("flags/lr", math.nan), put("flags/mode", "gan"), put("flags/x y", 1)],
     *[put("step", -1), put("log", 7), put("n_train", "24"), put("images", "others")],
@@ -376,14 +366,10 @@ def test_a_checkpoint_that_was_edited(change, trained, tmp_path):
     assert not list((tmp_path / "x").glob("*.pth.tar"))
 
 
-def spread(value: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same shape that has the memory of one number."""
-    return torch.zeros(1).expand(value.shape)
-
-
 UNUSUAL = [
-    *[put(WEIGHT, change) for change in (spread, torch.Tensor.double)],
-    *[put(f"{MOMENTS}/exp_avg", change) for change in (spread, torch.Tensor.half)],
+    # As large as before, in the memory of one number.
+    *[put(place, lambda w: w[:1].expand(w.shape)) for place in (WEIGHT, f"{MOMENTS}/exp_avg")],
+    *[put(WEIGHT, torch.Tensor.double), put(f"{MOMENTS}/exp_avg", torch.Tensor.half)],
     put("optimizer_net/param_groups/0", {"amsgrad": True, "betas": "no", "weight_decay": 1e30}),
     *[put("log", "epoch,step\n2,x,y\n"), put("step", 10**30), put("flags/evaluate", True)],
 ]
@@ -435,16 +421,6 @@ def test_a_signal_does_not_save_broken_weights(value, trained, tmp_path):
     assert all(contents(outf)[name] == before[name] for name in CHECKPOINTS)
 
 
-@pytest.mark.parametrize("flags", [["--nz=300"], ["--lr=0.1", "--pz_scale=1e3"]], ids=" ".join)
-def test_codes_of_a_singular_or_huge_covariance_are_evaluated(flags, mmd_flags, tmp_path):
-    outf = tmp_path / "x"
-    run(tmp_path, *mmd_flags, *flags, f"--outf={outf}").succeeds()
-    run(tmp_path, f"--outf={outf}", "--evaluate").succeeds()
-    metrics = json.loads((outf / "metrics.json").read_text())
-    assert all(math.isfinite(value) for value in metrics.values())
-    assert np.isfinite(np.load(outf / "eval" / "codes.npy")).all()
-
-
 # --------------------------------------------------------------------------------------------------
 # Full disks, folders that cannot be written
 
@@ -470,33 +446,24 @@ def test_a_full_disk_stops_an_evaluation(trained, tmp_path):
     assert not (outf / "metrics.json").exists()
 
 
-@pytest.mark.parametrize("below", ["", "deeper"])
-def test_a_file_where_the_output_should_go(below, tiny_flags, tmp_path):
+def test_a_folder_that_cannot_be_made_or_written(trained, tiny_flags, tmp_path):
+    """Root may write anywhere, and becomes nobody for this."""
     (tmp_path / "file").write_text("mine")
-    outf = tmp_path / "file" / below
-    program = run(tmp_path / "o", *tiny_flags, f"--outf={outf}")
-    program.fails(1, "cannot create the folder", str(outf))
+    program = run(tmp_path, *tiny_flags, f"--outf={tmp_path / 'file' / 'deeper'}")
+    program.fails(1, f"cannot create the folder {tmp_path / 'file' / 'deeper'}")
     assert (tmp_path / "file").read_text() == "mine"
 
-
-def test_a_folder_that_may_not_be_written(trained, toy_faces):
-    """Root may write anywhere, and becomes nobody for this."""
     options = {"uid": 65534} if os.getuid() == 0 else {}
     with tempfile.TemporaryDirectory() as name:  # unlike tmp_path, open to others
-        folder = Path(name)
-        folder.chmod(0o755)
-        data = shutil.copytree(toy_faces, folder / "data")
-        data.chmod(0o777)
-        outf = shutil.copytree(trained["mmd"], folder / "outf")
+        Path(name).chmod(0o755)
+        data = shutil.copytree(trained["mmd"], Path(name, "data"))
+        outf = shutil.copytree(trained["mmd"], Path(name, "outf"))
         (outf / ".lock").unlink()
         outf.chmod(0o555)
         before = contents(outf)
-        flags = [f"--checkpoint={outf / 'checkpoint.pth.tar'}", "--niter=2", f"--dataroot={data}"]
-        program = run(folder / "o", *flags, **options)
+        flags = [f"--checkpoint={outf / 'checkpoint.pth.tar'}", "--niter=2"]
+        program = run(Path(name, "o"), *flags, f"--cache_dir={data}", **options)
         program.fails(1, f"cannot write {outf}", "Permission denied")
-        flags = [f"--dataroot={data}", *TINY, f"--outf={outf / 'deeper'}"]
-        program = run(folder / "o", *flags, **options)
-        program.fails(1, f"cannot create the folder {outf / 'deeper'}", "Permission denied")
         assert contents(outf) == before
         outf.chmod(0o755)
 
@@ -540,13 +507,6 @@ def test_what_this_machine_lacks(tiny_flags, tmp_path):
     refuses("--cuda --ngpu=2", 2, "--ngpu=2: there are 0 GPUs", **no_gpu)
     refuses("--evaluate", 1, f"{tmp_path / 'x' / 'checkpoint.pth.tar'}: no such file")
     assert not (tmp_path / "x").exists()
-
-
-def test_a_gpu_that_is_not_there(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(utils.UsageError, match="--gpu_id=2: the 2 GPUs here are 0 to 1"):
-        utils.pick_device(True, 2)
 
 
 @pytest.mark.parametrize("flag", ["--n_test=25", "--batch_size=26", "--n_test=" + "9" * 40])
