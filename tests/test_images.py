@@ -81,10 +81,6 @@ def decoded(monkeypatch):
     return paths
 
 
-# --------------------------------------------------------------------------------------------------
-# Finding
-
-
 def test_images_are_found_in_folders_in_order_of_their_paths(tmp_path):
     root = tmp_path / ".hidden" / "data"  # the data set itself may lie in a hidden folder
     names = ["B/1.jpg", "a b/1.JPG", "a/1.webp", "a/sub.jpg", "a/sub/1.png", "a/z.Png", "b/1.jpg"]
@@ -154,10 +150,6 @@ def test_the_digest_is_that_of_names_and_sizes(tmp_path):
     assert utils.load_images(copy, "folder", 32, workers=0)[1] != digest
 
 
-# --------------------------------------------------------------------------------------------------
-# Decoding
-
-
 @pytest.mark.parametrize(
     ("dataset", "crop", "box"),
     [
@@ -214,10 +206,6 @@ def test_an_image_smaller_than_the_crop_is_named(tmp_path):
     ended = run(tmp_path, f"--dataroot={root}", f"--outf={tmp_path}/out")
     ended.fails(1, f"{small}: 200 x 139 pixels, less than the crop of 140", "--dataset=folder")
     assert not arrays(root)
-
-
-# --------------------------------------------------------------------------------------------------
-# Files that cannot be read
 
 
 @pytest.mark.parametrize("kind", ["cut", "page", "empty", "lost link", "pipe", "bomb"])
@@ -287,10 +275,6 @@ def test_a_data_set_that_cannot_be_written_or_read_in_part(variable):
         assert "skipped 1 of 3 images that cannot be read: faces/000001.png\n" in ended.err
         assert ended.wait() == 2 and "2 images are too few" in ended.messages[-1]
         (root / "secret").chmod(0o755)
-
-
-# --------------------------------------------------------------------------------------------------
-# The array
 
 
 def test_rows_are_the_images_in_order_of_their_paths(tmp_path):
@@ -380,10 +364,6 @@ def test_a_damaged_array_is_built_anew_with_a_word(tmp_path, damage, capfd):
     assert path.read_bytes() == whole
 
 
-# --------------------------------------------------------------------------------------------------
-# Other processes, signals, full disks
-
-
 def many(root: Path, n: int) -> Path:
     """Makes a folder of n images, which take a while to decode. Returns it."""
     first = photos(root, 1, 178, 218) / "faces" / "000000.png"
@@ -434,10 +414,6 @@ def test_a_full_disk_is_one_line(tmp_path):
     ended = run(tmp_path, *flags, max_bytes=100_000)
     ended.fails(1, f"cannot write {root}/.wae_64_None_here_", "File too large")
     assert not arrays(root) and not list(root.glob(".*.tmp"))
-
-
-# --------------------------------------------------------------------------------------------------
-# Batches
 
 
 @pytest.fixture(scope="module")

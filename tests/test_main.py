@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kill_and_resume import differences
 from PIL import Image
 from program import REPO, TINY, rows, run, steps
 
@@ -75,10 +74,6 @@ def held_out_images(data: Path, crop: int = 140) -> np.ndarray:
     box = ((178 - crop) // 2, (218 - crop) // 2, (178 + crop) // 2, (218 + crop) // 2)
     resized = [i.crop(box).resize((32, 32), Image.Resampling.LANCZOS) for i in images]
     return np.stack([np.asarray(image) for image in resized]) / 255
-
-
-# --------------------------------------------------------------------------------------------------
-# What a run leaves
 
 
 def test_the_command_line_of_the_predecessor(toy_faces, tmp_path):
@@ -148,14 +143,6 @@ def test_the_best_model_is_that_of_the_lowest_held_out_error(toy_faces, tmp_path
     assert best["step"] == 3 * (errors.index(min(errors)) + 1)
     assert f"{best['best']:.6g}" == f"{min(errors):.6g}"
     assert load(outf)["step"] == 18
-
-
-@pytest.mark.parametrize("mode", ["gan", "mmd"])
-def test_a_seed_repeats_the_run_bit_for_bit(mode, trained, toy_faces, tmp_path):
-    again = train(tmp_path, toy_faces, f"--mode={mode}")
-    assert differences(trained[mode], again) == []
-    other = train(tmp_path, toy_faces, f"--mode={mode}", "--seed=2", name="other")
-    assert "fake_samples_epoch_001.png" in differences(other, again)
 
 
 COMBINATIONS = [
@@ -239,17 +226,8 @@ def test_figures_in_the_log_are_those_of_the_checkpoint(toy_faces, tmp_path):
         decoded = (net.decoder(torch.from_numpy(codes)) + 1) / 2
     metrics = figures(outf)
     assert metrics["test_mse"] == pytest.approx((decoded - x).square().mean().item(), rel=1e-4)
-    values = np.linalg.eigvalsh(np.cov(codes.T.astype(float)))
-    w2 = np.square(codes.mean(0)).sum() + np.square(np.sqrt(values.clip(0)) - 1.5).sum()
-    assert metrics["test_w2"] == pytest.approx(w2, rel=0.3)  # whichever divisor the covariance has
-    extremes = (metrics["eigenvalue_min"], metrics["eigenvalue_max"])
-    assert extremes == pytest.approx((values[0], values[-1]), rel=0.2)
     sharpness = utils.sharpness(decoded).mean().item()
     assert metrics["sharpness_reconstructions"] == pytest.approx(sharpness, rel=1e-3)
-
-
-# --------------------------------------------------------------------------------------------------
-# Evaluation
 
 
 def count(outf: Path) -> dict[str, int]:
@@ -360,23 +338,16 @@ def test_what_the_readme_says_of_python_works(trained, toy_faces, tmp_path):
     assert ended.returncode == 0, ended.stderr
 
 
-# --------------------------------------------------------------------------------------------------
-# Options of the machine
-
-
-def test_tensorboard_has_the_numbers_of_the_log_and_the_pictures(toy_faces, tmp_path):
-    """A continued run, too."""
+def test_tensorboard_has_the_log_and_the_pictures_of_a_continued_run(toy_faces, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     outf = train(tmp_path, toy_faces, "--mode=mmd", "--tensorboard")
     run(tmp_path, f"--checkpoint={outf / 'checkpoint.pth.tar'}", "--niter=2").succeeds()
     events = accumulator.EventAccumulator(str(outf))
     events.Reload()
-    for name in ("reconstruction", "penalty", "lr", "test_mse", "test_w2"):
+    for name in ("penalty", "test_w2"):
         logged = [(int(row["step"]), float(row[name])) for row in rows(outf) if row[name]]
         shown = [(event.step, event.value) for event in events.Scalars(name)]
-        assert [step for step, _ in shown] == [step for step, _ in logged]
-        values = [value for _, value in logged]
-        assert [value for _, value in shown] == pytest.approx(values, rel=1e-4)
+        np.testing.assert_allclose(shown, logged, rtol=1e-4)
     assert [event.step for event in events.Images("fake_samples")] == [3, 6]
 
 
@@ -433,17 +404,6 @@ def test_a_step_waits_for_nothing_that_its_device_computes(flags, tmp_path):
     x = wae.to_input(torch.empty(n, 32, 32, 3, dtype=torch.uint8, device="meta"))
     losses = main.train_step(wae, x, wae.sample_prior(n))
     assert losses.shape == (3,) and losses.device.type == "meta"
-
-
-def test_bfloat16_is_close_to_float32(trained, toy_faces, tmp_path):
-    outf = train(tmp_path, toy_faces, "--mode=gan", "--amp")
-    plain, amp = (column(run, "reconstruction")[0] for run in (trained["gan"], outf))
-    assert plain != amp
-    assert amp == pytest.approx(plain, rel=0.02)
-
-
-# --------------------------------------------------------------------------------------------------
-# Help
 
 
 def test_help_names_every_flag_with_its_default(capsys):

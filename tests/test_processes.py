@@ -93,10 +93,6 @@ def all_end(pids: list[int]) -> bool:
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-# --------------------------------------------------------------------------------------------------
-# The same gradients
-
-
 def gradients(world: utils.World) -> dict[str, torch.Tensor]:
     """What a step leaves in .grad, by case and weight; batch norm is in evaluation mode."""
     found = {}
@@ -135,10 +131,6 @@ def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
             assert scale > 1e-6, f"nothing to compare: {name}"
             difference = (found[name] - gradient).abs().max()
             assert difference <= 5e-5 * scale, f"{name}, process {rank}"
-
-
-# --------------------------------------------------------------------------------------------------
-# The command line
 
 
 def test_torchrun_by_hand_continues_a_run_of_one_process(data: list[str], tmp_path: Path) -> None:
