@@ -393,7 +393,6 @@ def test_pretraining_brings_the_moments_of_the_codes_to_those_of_the_prior(tmp_p
     [
         ("paper", 103, (30, 20, 50, 3)),
         ("constant", 103, (103, 0, 0, 0)),
-        ("scaled", 110, (60, 40, 10, 0)),
         ("scaled", 28, (16, 10, 2, 0)),
         ("scaled", 1, (1, 0, 0, 0)),
     ],
