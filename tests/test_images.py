@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program import Program, run
+from program import Program, run, start
 
 import utils
 
@@ -252,27 +253,33 @@ def test_ten_of_many_unreadable_files_are_named_and_none_readable_is_an_error(tm
         load(tmp_path)
 
 
-@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
-def test_a_data_set_that_cannot_be_written_or_read_in_part(variable):
-    """Root may read and write anywhere, and becomes nobody for this."""
-    options = {"uid": 65534} if os.geteuid() == 0 else {}
+def load_as_nobody(root: Path, home: Path, variable: str) -> None:
+    """Loads three images, of which one cannot be read, as a user without rights."""
+    os.environ |= {"XDG_CACHE_HOME": "", variable: str(home)}
+    sys.stderr = open(home / "said", "w", buffering=1)  # noqa: SIM115
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    assert len(load(root)) == 2
+
+
+@pytest.mark.parametrize(("variable", "cache"), [("XDG_CACHE_HOME", "wae"), ("HOME", ".cache/wae")])
+def test_a_data_set_that_cannot_be_written_or_read_in_part(variable, cache):
     with tempfile.TemporaryDirectory() as name:  # unlike tmp_path, open to others
         root, home = photos(Path(name) / "data", 3), Path(name) / "home"
-        save(root / "secret" / "1.png", noise(8, 8)).parent.chmod(0)
-        (root / "faces" / "000001.png").chmod(0)
-        root.chmod(0o555)
+        secret = save(root / "secret" / "1.png", noise(8, 8)).parent
         home.mkdir()
-        for folder, mode in ((Path(name), 0o755), (home, 0o777)):
-            folder.chmod(mode)
-        env = {"XDG_CACHE_HOME": "", variable: str(home)}
-        flags = (f"--dataroot={root}", f"--outf={home}/out", *LOAD_ONLY)
-        ended = run(home / "said", *flags, env=env, **options)
-        cache = home / ("wae" if variable == "XDG_CACHE_HOME" else ".cache/wae")
-        assert len(arrays(cache)) == 1 and not arrays(root)
-        assert f"main.py: skipped the folder {root}/secret: Permission denied" in ended.messages
-        assert "skipped 1 of 3 images that cannot be read: faces/000001.png\n" in ended.err
-        assert ended.wait() == 2 and "2 images are too few" in ended.messages[-1]
-        (root / "secret").chmod(0o755)
+        modes = {Path(name): 0o755, home: 0o777, root / "faces" / "000001.png": 0, secret: 0}
+        for path, mode in (modes | {root: 0o555}).items():
+            path.chmod(mode)
+        process = start(load_as_nobody, root, home, variable)
+        process.join()
+        said = (home / "said").read_text()
+        assert process.exitcode == 0, said
+        assert f"main.py: skipped the folder {secret}: Permission denied\n" in said
+        assert "skipped 1 of 3 images that cannot be read: faces/000001.png\n" in said
+        assert len(arrays(home / cache)) == 1 and not arrays(root)
+        secret.chmod(0o755)
+        root.chmod(0o755)
 
 
 def test_rows_are_the_images_in_order_of_their_paths(tmp_path):

@@ -1,6 +1,5 @@
 """Interruptions, broken checkpoints, full disks, wrong flags: what is said, and what is left."""
 
-import json
 import math
 import os
 import pickle
