@@ -113,7 +113,7 @@ def test_the_log_has_a_row_for_each_print_and_each_epoch(toy_faces, tmp_path):
     log, tests = rows(outf), main.METRICS
     training = ["reconstruction", "penalty", "discriminator", "lr", "images_per_s"]
     assert list(log[0]) == ["epoch", "step", *training, *tests]
-    assert steps(outf) == list(range(2, 18, 2))
+    assert steps(outf) == list(range(2, 19, 2))
     ends = [(row["epoch"], row["step"]) for row in log if row["test_mse"]]
     assert ends == [(str(epoch), str(3 * epoch)) for epoch in range(1, 7)]
     for row in log:
