@@ -88,7 +88,7 @@ def kill_and_resume(outf: Path, flags: list[str], kills: int, seed: int) -> Coun
     """Trains with so many kills, the last of them in the final evaluation, and then to the end.
 
     Returns:
-        How many kills hit at each moment, and how many left a half-written checkpoint.
+        How many kills hit, in all and by moment, and how many left a half-written checkpoint.
     """
     rng, tally = random.Random(seed), Counter()
     moments = ["checkpoint", "training"]
@@ -106,14 +106,9 @@ def kill_and_resume(outf: Path, flags: list[str], kills: int, seed: int) -> Coun
         if status not in (0, -signal.SIGKILL):
             raise SystemExit(f"a run ended with status {status} after {tally}:\n{run.err}")
         if status:
-            tally[moment] += 1
+            tally.update(["kills", f"kills, {moment}"])
             tally["half-written checkpoints"] += changed(outf / HALF_WRITTEN) not in (None, before)
     return tally
-
-
-def hits(tally: Counter[str]) -> int:
-    """How many kills hit."""
-    return tally.total() - tally["half-written checkpoints"]
 
 
 def without_speed(log: str) -> list[list[str]]:
@@ -188,9 +183,9 @@ def main() -> int:
             flags = flags_of(mode, data, epochs, processes)
             tally, found = compare(folder, flags, kills, args.seed)
             counts = ", ".join(f"{what} {n}" for what, n in sorted(tally.items()))
-            print(f"{mode}, {processes} process(es), {epochs} epochs; killed at: {counts}")
+            print(f"{mode}, {processes} process(es), {epochs} epochs; {counts}")
             print(f"  differ: {', '.join(found)}" if found else "  not a bit differs")
-            failed |= bool(found) or hits(tally) < kills
+            failed |= bool(found) or tally["kills"] < kills
     return int(failed)
 
 

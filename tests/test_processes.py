@@ -5,7 +5,6 @@ would set.
 """
 
 import contextlib
-import itertools
 import os
 import signal
 import socket
@@ -14,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import program
@@ -121,7 +119,7 @@ def gradients(world: utils.World) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
+def test_gradients_are_those_of_one_process(tmp_path):
     expected = gradients(utils.World(0, 1, torch.device("cpu")))
     assert {name.split()[1] for name in expected} == {"net", "discriminator"}
     for rank, found in enumerate(from_all(3, gradients, tmp_path)):
@@ -133,7 +131,7 @@ def test_gradients_are_those_of_one_process(tmp_path: Path) -> None:
             assert difference <= 5e-5 * scale, f"{name}, process {rank}"
 
 
-def test_torchrun_by_hand_continues_a_run_of_one_process(data: list[str], tmp_path: Path) -> None:
+def test_torchrun_by_hand_continues_a_run_of_one_process(data, tmp_path):
     out = tmp_path / "out"
     program.run(tmp_path / "one", *data, "--niter=1", f"--outf={out}")
     before = set(os.listdir(out))
@@ -154,29 +152,6 @@ def test_torchrun_by_hand_continues_a_run_of_one_process(data: list[str], tmp_pa
     assert done.stdout.count("epoch 2:") == done.stderr.count("continuing the run") == 1
 
 
-def use_a_clock() -> None:
-    """Lets a second pass whenever the program looks at the clock."""
-    main.time = SimpleNamespace(perf_counter=itertools.count().__next__)
-
-
-def test_two_processes_leave_the_files_and_the_log_of_one(data: list[str], tmp_path: Path) -> None:
-    logs = {}
-    for size in (1, 2):
-        out = tmp_path / str(size)
-        argv = [*data, "--niter=1", f"--outf={out}", "--print_every=2"]
-        variables = torchrun_variables(size) if size > 1 else [{}]
-        both = [
-            Program(tmp_path / f"process {rank}", *argv, env=env, change=use_a_clock)
-            for rank, env in enumerate(variables)
-        ]
-        for one in both:
-            one.succeeds()
-        logs[size] = [(row["epoch"], row["step"], row["images_per_s"]) for row in rows(out)]
-    # Two steps of the global batch of 8 between two looks at the clock.
-    assert logs[2] == logs[1] == [("1", "2", "16"), ("1", "4", "16"), ("1", str(STEPS), "")]
-    assert set(os.listdir(tmp_path / "2")) == set(os.listdir(tmp_path / "1"))
-
-
 def continues(data: list[str], out: Path) -> None:
     """Checks that one process continues the run to the end of its epoch, with each step once."""
     epochs = utils.load_checkpoint(out / "checkpoint.pth.tar")["step"] // STEPS + 1
@@ -184,9 +159,7 @@ def continues(data: list[str], out: Path) -> None:
     assert steps(out) == list(range(1, epochs * STEPS + 1))
 
 
-def test_sigterm_to_ngpu_2_leaves_a_checkpoint_that_one_process_continues(
-    data: list[str], tmp_path: Path
-) -> None:
+def test_sigterm_to_ngpu_2_leaves_a_checkpoint_that_one_process_continues(data, tmp_path):
     out = tmp_path / "out"
     both = Program(tmp_path / "two", *data, *LAUNCHED, f"--outf={out}")
     both.wait_until(lambda: log_lines(out) > 3)
@@ -198,7 +171,7 @@ def test_sigterm_to_ngpu_2_leaves_a_checkpoint_that_one_process_continues(
     continues(data, out)
 
 
-def test_sigint_in_one_process_stops_all(data: list[str], tmp_path: Path) -> None:
+def test_sigint_in_one_process_stops_all(data, tmp_path):
     out = tmp_path / "out"
     argv = [*data, *ENDLESS, f"--outf={out}"]
     ranks = [Program(tmp_path / env["RANK"], *argv, env=env) for env in torchrun_variables(2)]
@@ -209,7 +182,7 @@ def test_sigint_in_one_process_stops_all(data: list[str], tmp_path: Path) -> Non
     assert utils.load_checkpoint(out / "checkpoint.pth.tar")["flags"]["batch_size"] == 8
 
 
-def test_any_number_of_interrupts(data: list[str], tmp_path: Path) -> None:
+def test_any_number_of_interrupts(data, tmp_path):
     """Of Ctrl-C, which a terminal sends to all processes of the command."""
     out = tmp_path / "out"
     both = Program(tmp_path / "two", *data, *LAUNCHED, f"--outf={out}")
@@ -225,7 +198,7 @@ def test_any_number_of_interrupts(data: list[str], tmp_path: Path) -> None:
     assert (out / "checkpoint.pth.tar").exists()
 
 
-def test_processes_end_with_their_launcher(data: list[str], tmp_path: Path) -> None:
+def test_processes_end_with_their_launcher(data, tmp_path):
     """Killed, it cannot end them; the run then continues and has each step once."""
     out = tmp_path / "out"
     both = Program(tmp_path / "two", *data, *LAUNCHED, f"--outf={out}")
@@ -237,7 +210,7 @@ def test_processes_end_with_their_launcher(data: list[str], tmp_path: Path) -> N
     continues(data, out)
 
 
-def test_a_process_that_is_killed_ends_the_run(data: list[str], tmp_path: Path) -> None:
+def test_a_process_that_is_killed_ends_the_run(data, tmp_path):
     out = tmp_path / "out"
     both = Program(tmp_path / "two", *data, *LAUNCHED, f"--outf={out}")
     both.wait_until(lambda: log_lines(out) > 3)
@@ -247,13 +220,13 @@ def test_a_process_that_is_killed_ends_the_run(data: list[str], tmp_path: Path) 
     assert all_end(list(ranks.values()))
 
 
-def test_a_mistake_is_told_once(data: list[str], tmp_path: Path) -> None:
+def test_a_mistake_is_told_once(data, tmp_path):
     flags = ["--ngpu=2", f"--dataroot={tmp_path / 'none'}", f"--outf={tmp_path / 'out'}"]
     wrong = program.run(tmp_path, *data, *flags)
     wrong.fails(1, f"--dataroot={tmp_path / 'none'}: no such folder")
 
 
-def test_impossible_numbers_of_processes(data: list[str], tmp_path: Path) -> None:
+def test_impossible_numbers_of_processes(data, tmp_path):
     def refuses(env: dict[str, str], words: str, *flags: str) -> None:
         refused = program.run(tmp_path, *data, *flags, f"--outf={tmp_path / 'out'}", env=env)
         refused.fails(2, words)
