@@ -23,11 +23,15 @@ def toy_faces(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, toy_faces):
-    """The folders of two small runs of one epoch, by mode, with the seed 1. Not to be changed."""
+def tiny_flags(toy_faces):
+    """Flags of a run of one epoch of three steps, but for the mode and --outf."""
+    return (f"--dataroot={toy_faces}", *TINY, "--niter=1", "--seed=1")
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, tiny_flags):
+    """The folders of two such runs, by mode. Not to be changed."""
     folders = {mode: tmp_path_factory.mktemp("trained") / mode for mode in ("gan", "mmd")}
     for mode, folder in folders.items():
-        flags = [f"--dataroot={toy_faces}", f"--mode={mode}", *TINY, "--niter=1", "--seed=1"]
-        program = run(folder.parent, *flags, f"--outf={folder}")
-        assert program.wait() == 0, program.err
+        run(folder.parent, *tiny_flags, f"--mode={mode}", f"--outf={folder}").succeeds()
     return folders

@@ -6,6 +6,7 @@ can be signalled and killed.
 """
 
 import atexit
+import csv
 import multiprocessing
 import multiprocessing.forkserver
 import os
@@ -16,10 +17,12 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = ("--image_size=32", "--nf=2", "--nz=4", "--batch_size=8", "--n_test=6", "--print_every=1")
 TINY += ("--n_samples=10",)
+ENDLESS = ("--niter=100000", "--sample_every=100000")
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["main", "pytest"])  # pytest is the main module of its children
@@ -27,11 +30,8 @@ CONTEXT.set_forkserver_preload(["main", "pytest"])  # pytest is the main module 
 
 def start(target: Callable[..., None], *args: object) -> multiprocessing.process.BaseProcess:
     """A process, forked from the server, that runs target(*args)."""
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    os.environ |= {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
-    multiprocessing.forkserver.ensure_running()
-    for name, value in before.items():
-        os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+    with mock.patch.dict(os.environ, PYTHONPATH=str(REPO), OMP_NUM_THREADS="1"):
+        multiprocessing.forkserver.ensure_running()
     process = CONTEXT.Process(target=target, args=args)
     process.start()
     atexit.register(process.kill)  # where a test failed, it may have no end
@@ -40,6 +40,8 @@ def start(target: Callable[..., None], *args: object) -> multiprocessing.process
 
 def _main(argv: list[str], folder: Path, options: dict) -> None:
     """Does what `python3 main.py ARGV` does, in a fork."""
+    # Workers start as they do by default, and not by a server of their own, which takes seconds.
+    multiprocessing.set_start_method(None, force=True)
     os.environ |= options.get("env", {})
     for number, name in ((1, "stdout"), (2, "stderr")):
         path = options.get(name, folder / name)
@@ -59,14 +61,16 @@ def _main(argv: list[str], folder: Path, options: dict) -> None:
     sys.argv = ["main.py", *argv]
     if "uid" in options:
         os.setuid(options["uid"])
+    if "change" in options:
+        options["change"]()
     sys.exit(main.main())
 
 
 class Program:
     """`python3 main.py ARGV`, started; what it prints goes to files in `folder`.
 
-    Options are `uid`, `env`, `max_bytes` (of a file, as on a full disk), and `stdout` and `stderr`:
-    where these go, or None for closed.
+    Options are `uid`, `env`, `max_bytes` (of a file, as on a full disk), `stdout` and `stderr`
+    (where these go, or None for closed), and `change`, a function to call before main.main().
     """
 
     def __init__(self, folder: Path, *argv: object, **options: object):
@@ -79,7 +83,7 @@ class Program:
         if self.process.exitcode is None:
             os.kill(self.process.pid, number)
 
-    def wait(self, timeout: float = 100) -> int:
+    def wait(self, timeout: float = 200) -> int:
         """The exit status, or minus the signal that ended it."""
         self.process.join(timeout)
         if self.process.exitcode is None:
@@ -87,7 +91,7 @@ class Program:
             raise TimeoutError(f"main.py still runs after {timeout} s:\n{self.err}")
         return self.process.exitcode
 
-    def wait_until(self, happens: Callable[[], bool], timeout: float = 100) -> bool:
+    def wait_until(self, happens: Callable[[], bool], timeout: float = 200) -> bool:
         """Waits until something happens; False if the process ended before it did."""
         end = time.monotonic() + timeout
         while not happens():
@@ -98,6 +102,20 @@ class Program:
                 raise TimeoutError(f"nothing happened in {timeout} s:\n{self.err}")
             time.sleep(0.0002)
         return True
+
+    def succeeds(self) -> "Program":
+        """Checks that it comes to its end without complaint."""
+        assert self.wait() == 0, self.err
+        assert "Traceback" not in self.err and "Warning" not in self.err, self.err
+        return self
+
+    def fails(self, status: int, *words: str) -> None:
+        """Checks that it ends with one line that has these words."""
+        assert self.wait() == status, self.err
+        assert len(self.messages) == 1, self.err
+        assert self.messages[0].startswith("main.py: error: ")
+        for word in words:
+            assert word in self.messages[0], self.messages
 
     @property
     def out(self) -> str:
@@ -123,3 +141,19 @@ def run(folder: Path, *argv: object, **options: object) -> Program:
     program = Program(folder, *argv, **options)
     program.wait()
     return program
+
+
+def rows(outf: Path) -> list[dict[str, str]]:
+    """The log of a run."""
+    return list(csv.DictReader((outf / "log.csv").read_text().splitlines()))
+
+
+def steps(outf: Path) -> list[int]:
+    """The steps that the log has a row of training for."""
+    return [int(row["step"]) for row in rows(outf) if row["lr"]]
+
+
+def log_lines(outf: Path) -> int:
+    """Rows of the log so far, with the heading."""
+    log = outf / "log.csv"
+    return log.read_bytes().count(b"\n") if log.exists() else 0

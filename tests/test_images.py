@@ -1,26 +1,25 @@
 """Images: what is found, what is decoded, the array that is kept, the batches that come out."""
 
 import contextlib
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program import Program, run
+from program import Program, run, start
 
 import utils
 
 CPU = torch.device("cpu")
 LANCZOS = Image.Resampling.LANCZOS
-IS_ROOT = os.geteuid() == 0
 # Not enough images to train on: the program ends, with exit status 2, once it has the array.
 LOAD_ONLY = ("--dataset=folder", "--n_test=100000", "--workers=2")
 
@@ -70,13 +69,6 @@ def arrays(folder: Path) -> list[Path]:
     return list(folder.glob(".wae_*.npy"))
 
 
-def one_line(ended: Program, status: int) -> str:
-    """Returns the only message of a program that ended as expected."""
-    assert ended.wait() == status, ended.err
-    (message,) = ended.messages
-    return message
-
-
 @pytest.fixture
 def decoded(monkeypatch):
     """Counts the images that are decoded from here on."""
@@ -88,10 +80,6 @@ def decoded(monkeypatch):
 
     monkeypatch.setattr(utils, "decode_image", counted)
     return paths
-
-
-# --------------------------------------------------------------------------------------------------
-# Finding
 
 
 def test_images_are_found_in_folders_in_order_of_their_paths(tmp_path):
@@ -112,13 +100,11 @@ def test_images_are_found_in_folders_in_order_of_their_paths(tmp_path):
         assert (n_bytes, time) == (status.st_size, status.st_mtime_ns)
 
 
-@pytest.mark.parametrize("name", [None, "", "1.jpg", "faces/list.txt", ".faces/1.jpg"])
+@pytest.mark.parametrize("name", [None, "1.jpg", "faces/list.txt", ".faces/1.jpg"])
 def test_without_images_one_line_says_where_they_must_lie(tmp_path, name):
     root = tmp_path / "data"
     if name is not None:
-        root.mkdir()
-        if name:
-            save(root / name, noise(8, 8), format="png")
+        save(root / name, noise(8, 8), format="png")
     with pytest.raises(utils.UserError) as error:
         load(root, tmp_path / "cache")
     what = "no such folder" if name is None else "no image in a folder inside it"
@@ -132,11 +118,9 @@ def test_a_folder_that_is_reached_twice_is_named(tmp_path, links):
     save(root / "other" / "1.jpg", noise(8, 8))
     for link, target in links.items():
         (root / "faces" / link).symlink_to(target)
-    with pytest.raises(
-        utils.UserError, match=r"^--dataroot=.* is .* again, by a link;.*$"
-    ) as error:
+    words = f"^--dataroot={root}: {root}/(faces/({'|'.join(links)})|other) is .* again, by a link;"
+    with pytest.raises(utils.UserError, match=words):
         load(root)
-    assert any(f"{root}/faces/{link}" in str(error.value) for link in links)
 
 
 def test_names_may_be_any_bytes(tmp_path):
@@ -145,15 +129,14 @@ def test_names_may_be_any_bytes(tmp_path):
     for name in (
         b"new\nline.jpg",
         b"not \xff\xfe utf-8.jpg",
-        "\U0001f600.jpg".encode(),
+        b"\xf0\x9f\x98\x80.jpg",
         b"%s {}.jpg",
     ):
         shutil.copy(source, os.path.join(os.fsencode(folder), name))
     (folder / os.fsdecode(b"broken \xff.jpg")).write_text("no image")
-    for _ in range(2):  # build, read
-        ended = run(tmp_path, f"--dataroot={folder.parent}", f"--outf={tmp_path}/out", *LOAD_ONLY)
-        assert ended.wait() == 2 and "4 images are too few" in ended.messages[-1]
-        assert r"skipped 1 of 5 images that cannot be read: faces/broken \udcff.jpg" in ended.err
+    ended = run(tmp_path, f"--dataroot={folder.parent}", f"--outf={tmp_path}/out", *LOAD_ONLY)
+    assert ended.wait() == 2 and "4 images are too few" in ended.messages[-1]
+    assert r"skipped 1 of 5 images that cannot be read: faces/broken \udcff.jpg" in ended.err
 
 
 def test_the_digest_is_that_of_names_and_sizes(tmp_path):
@@ -166,17 +149,12 @@ def test_the_digest_is_that_of_names_and_sizes(tmp_path):
     assert utils.load_images(copy, "folder", 32, workers=0)[1] != digest
 
 
-# --------------------------------------------------------------------------------------------------
-# Decoding
-
-
 @pytest.mark.parametrize(
     ("dataset", "crop", "box"),
     [
         ("celebA", None, (19, 39, 159, 179)),
         ("folder", None, (0, 20, 178, 198)),
         ("celebA", 70, (54, 74, 124, 144)),
-        ("folder", 70, (54, 74, 124, 144)),
     ],
 )
 def test_the_centre_is_resized_by_lanczos(tmp_path, dataset, crop, box):
@@ -186,17 +164,9 @@ def test_the_centre_is_resized_by_lanczos(tmp_path, dataset, crop, box):
     assert np.array_equal(array[0], np.asarray(expected))
 
 
-@pytest.mark.parametrize(("width", "height"), [(101, 64), (64, 101), (32, 32), (7, 300), (1, 1)])
-def test_images_of_any_size_have_a_largest_square(tmp_path, width, height):
-    path = save(tmp_path / "1.png", noise(width, height))
-    expected = square(path, 32)
-    assert np.array_equal(utils.decode_image(path, 32, None), expected)
-
-
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOUR = np.dstack([RAMP, RAMP.T, 255 - RAMP])
 DEEP = RAMP.astype(np.uint16) * 257  # 0 to 65535, whose upper bytes are RAMP
-CHECKS = (np.indices((16, 16)).sum(0) % 2 * 255).astype(np.uint8)
 PALETTE = Image.frombytes("P", (16, 16), RAMP.tobytes())
 PALETTE.putpalette(COLOUR.tobytes())
 INK = np.dstack([255 - COLOUR, 0 * RAMP])  # that absorbs what is missing to COLOUR
@@ -208,9 +178,7 @@ INK = np.dstack([255 - COLOUR, 0 * RAMP])  # that absorbs what is missing to COL
         ("grey.png", Image.fromarray(RAMP), RAMP),
         ("palette.png", PALETTE, COLOUR),
         ("rgba.png", Image.fromarray(np.dstack([COLOUR, RAMP])), COLOUR),
-        ("la.png", Image.fromarray(np.dstack([RAMP, RAMP.T])), RAMP),
         ("cmyk.tiff", Image.frombytes("CMYK", (16, 16), INK.tobytes()), COLOUR),
-        ("bits.png", Image.fromarray(CHECKS).convert("1"), CHECKS),
         ("deep.png", Image.fromarray(DEEP), RAMP),
         ("deep.tiff", Image.frombytes("I;16B", (16, 16), DEEP.astype(">u2").tobytes()), RAMP),
     ],
@@ -232,21 +200,14 @@ def test_exif_orientation_is_followed_before_the_crop(tmp_path):
 
 
 def test_an_image_smaller_than_the_crop_is_named(tmp_path):
-    root = photos(tmp_path / "data", 70, 140, 141)
-    small = save(root / "faces" / "000066.png", noise(200, 139))
-    message = one_line(run(tmp_path, f"--dataroot={root}", f"--outf={tmp_path}/out"), 1)
-    assert message.startswith(
-        f"main.py: error: {small}: 200 x 139 pixels, less than the crop of 140"
-    )
-    assert "--crop" in message and "--dataset=folder" in message
+    root = photos(tmp_path / "data", 3, 140, 141)
+    small = save(root / "faces" / "000001.png", noise(200, 139))
+    ended = run(tmp_path, f"--dataroot={root}", f"--outf={tmp_path}/out")
+    ended.fails(1, f"{small}: 200 x 139 pixels, less than the crop of 140", "--dataset=folder")
     assert not arrays(root)
 
 
-# --------------------------------------------------------------------------------------------------
-# Files that cannot be read
-
-
-@pytest.mark.parametrize("kind", ["cut", "page", "empty", "lost link", "own link", "pipe", "bomb"])
+@pytest.mark.parametrize("kind", ["cut", "page", "empty", "lost link", "pipe", "bomb"])
 def test_what_cannot_be_read_is_skipped_and_named_at_every_start(tmp_path, kind, capfd, decoded):
     bad = photos(tmp_path) / "faces" / "000002.png"
     content = {"cut": bad.read_bytes()[:600], "page": b"<html>404</html>", "empty": b""}
@@ -257,13 +218,12 @@ def test_what_cannot_be_read_is_skipped_and_named_at_every_start(tmp_path, kind,
     elif kind == "pipe":
         os.mkfifo(bad)
     else:
-        bad.symlink_to("nowhere.png" if kind == "lost link" else bad.name)
+        bad.symlink_to("nowhere.png")
     for _ in range(2):
         check(load(tmp_path), tmp_path, without=bad.name)
         said = capfd.readouterr().err
         assert "main.py: skipped 1 of 6 images that cannot be read: faces/000002.png\n" in said
-    assert decoded.count(bad) >= 2 and len(set(decoded)) == 6
-    assert len(decoded) == 6 + decoded.count(bad) - 1  # the others were decoded once
+    assert sorted(path for path in decoded if path != bad) == sorted(set(decoded) - {bad})
 
 
 def test_a_skipped_file_that_is_mended_is_noticed(tmp_path, capfd):
@@ -293,46 +253,33 @@ def test_ten_of_many_unreadable_files_are_named_and_none_readable_is_an_error(tm
         load(tmp_path)
 
 
-@pytest.fixture
-def open_folder():
-    """Makes a folder that any user can reach, unlike pytest's."""
-    folder = Path(tempfile.mkdtemp(prefix="wae_test_"))
-    folder.chmod(0o755)
-    yield folder
-    shutil.rmtree(folder)
+def load_as_nobody(root: Path, home: Path, variable: str) -> None:
+    """Loads three images, of which one cannot be read, as a user without rights."""
+    os.environ |= {"XDG_CACHE_HOME": "", variable: str(home)}
+    sys.stderr = open(home / "said", "w", buffering=1)  # noqa: SIM115
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    assert len(load(root)) == 2
 
 
-@pytest.mark.parametrize("how", ["XDG_CACHE_HOME", "HOME", "--cache_dir"])
-def test_a_data_set_that_cannot_be_written_or_read_in_part(open_folder, how):
-    root, home = photos(open_folder / "data", 3), open_folder / "home"
-    save(root / "secret" / "1.png", noise(8, 8)).parent.chmod(0)
-    (root / "faces" / "000001.png").chmod(0)
-    root.chmod(0o555)
-    home.mkdir()
-    home.chmod(0o777)
-
-    def build() -> None:
-        if IS_ROOT:
-            os.setuid(65534)
-        os.environ["HOME"] = str(home)
-        os.environ["XDG_CACHE_HOME"] = f"{home}/xdg" if how == "XDG_CACHE_HOME" else ""
-        sys.stderr = open(home / "said", "w", buffering=1)  # noqa: SIM115
-        assert len(load(root, home / "chosen" if how == "--cache_dir" else None)) == 2
-
-    builder = multiprocessing.get_context("fork").Process(target=build)
-    builder.start()
-    builder.join()
-    said = (home / "said").read_text()
-    assert builder.exitcode == 0, said
-    assert f"main.py: skipped the folder {root}/secret: Permission denied\n" in said
-    assert "skipped 1 of 3 images that cannot be read: faces/000001.png\n" in said
-    where = {"XDG_CACHE_HOME": "xdg/wae", "HOME": ".cache/wae", "--cache_dir": "chosen"}[how]
-    assert len(arrays(home / where)) == 1 and not arrays(root)
-    (root / "secret").chmod(0o755)
-
-
-# --------------------------------------------------------------------------------------------------
-# The array
+@pytest.mark.parametrize(("variable", "cache"), [("XDG_CACHE_HOME", "wae"), ("HOME", ".cache/wae")])
+def test_a_data_set_that_cannot_be_written_or_read_in_part(variable, cache):
+    with tempfile.TemporaryDirectory() as name:  # unlike tmp_path, open to others
+        root, home = photos(Path(name) / "data", 3), Path(name) / "home"
+        secret = save(root / "secret" / "1.png", noise(8, 8)).parent
+        home.mkdir()
+        modes = {Path(name): 0o755, home: 0o777, root / "faces" / "000001.png": 0, secret: 0}
+        for path, mode in (modes | {root: 0o555}).items():
+            path.chmod(mode)
+        process = start(load_as_nobody, root, home, variable)
+        process.join()
+        said = (home / "said").read_text()
+        assert process.exitcode == 0, said
+        assert f"main.py: skipped the folder {secret}: Permission denied\n" in said
+        assert "skipped 1 of 3 images that cannot be read: faces/000001.png\n" in said
+        assert len(arrays(home / cache)) == 1 and not arrays(root)
+        secret.chmod(0o755)
+        root.chmod(0o755)
 
 
 def test_rows_are_the_images_in_order_of_their_paths(tmp_path):
@@ -353,28 +300,19 @@ def test_the_array_is_built_once_and_moves_with_its_folder(tmp_path, decoded):
     assert len(arrays(tmp_path / "there")) == 2  # neither crop takes the other's place
 
 
-def overwrite(path: Path) -> None:
-    """Replaces an image by another one of the same size, a moment later."""
-    before, other = path.stat(), noise(20, 24, 99)
-    save(path, other)
-    path.write_bytes(path.read_bytes().ljust(before.st_size, b"\0")[: before.st_size])
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+CHANGES = {
+    "add": lambda path: save(path.with_name("000001b.png"), noise(9, 9)),
+    "remove": lambda path: path.unlink(),
+    "rename": lambda path: path.rename(path.with_name("000009.png")),
+    "overwrite": lambda path: save(path, noise(20, 24, 99)),
+}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        pytest.param(lambda path: save(path.with_name("000001b.png"), noise(9, 9)), id="add"),
-        pytest.param(lambda path: path.unlink(), id="remove"),
-        pytest.param(lambda path: path.rename(path.with_name("000009.png")), id="rename"),
-        pytest.param(lambda path: save(path, noise(30, 30)), id="another size"),
-        pytest.param(overwrite, id="another time"),
-    ],
-)
+@pytest.mark.parametrize("change", CHANGES)
 def test_changed_files_are_decoded_anew_and_the_outdated_array_goes(tmp_path, change):
     outdated = load(photos(tmp_path))
     before, (name,) = np.array(outdated), arrays(tmp_path)
-    change(tmp_path / "faces" / "000001.png")
+    CHANGES[change](tmp_path / "faces" / "000001.png")
     check(load(tmp_path), tmp_path)
     assert len(arrays(tmp_path)) == 1 and arrays(tmp_path) != [name]
     assert np.array_equal(outdated, before)  # a run that still reads it is not disturbed
@@ -392,45 +330,27 @@ def test_a_cache_folder_serves_several_data_sets(tmp_path, decoded):
     assert len(arrays(cache)) == 2 and not arrays(one)
 
 
-def pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
+DAMAGES = {
+    "empty": lambda path: os.truncate(path, 0),
+    "cut after five images": lambda path: os.truncate(path, 128 + 5 * 768),
+    "longer": lambda path: os.truncate(path, 128 + 6 * 768 + 1),
+    "fewer images": lambda path: np.save(path, np.load(path)[:5]),
+    "no array": lambda path: path.write_bytes(bytes(range(256)) * 20),
+    "no list of skipped files": lambda path: path.with_suffix(".json").unlink(),
+}
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        pytest.param(lambda path: os.truncate(path, 1000), id="cut"),
-        pytest.param(lambda path: os.truncate(path, 128 + 5 * 768), id="cut at a whole image"),
-        pytest.param(lambda path: os.truncate(path, 0), id="empty"),
-        pytest.param(lambda path: os.truncate(path, 128 + 6 * 768 + 1), id="longer"),
-        pytest.param(lambda path: np.save(path, np.load(path)[:5]), id="fewer images"),
-        pytest.param(lambda path: np.save(path, np.load(path).reshape(6, 8, 32, 3)), id="shape"),
-        pytest.param(lambda path: np.save(path, np.load(path).astype(np.int8)), id="type"),
-        pytest.param(lambda path: path.write_bytes(bytes(range(256)) * 20), id="other bytes"),
-        pytest.param(lambda path: path.write_bytes(b"PK\x03\x04" + bytes(999)), id="no archive"),
-        pytest.param(
-            lambda path: path.write_bytes(path.read_bytes().replace(b"}", b" ", 1)), id="header"
-        ),
-        pytest.param(pipe, id="pipe"),
-        pytest.param(lambda path: path.with_suffix(".json").unlink(), id="no list"),
-        pytest.param(lambda path: path.with_suffix(".json").write_text("[]"), id="no such list"),
-    ],
-)
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_array_is_built_anew_with_a_word(tmp_path, damage, capfd):
     load(photos(tmp_path))
     (path,) = arrays(tmp_path)
     whole = path.read_bytes()
-    damage(path)
+    DAMAGES[damage](path)
     capfd.readouterr()
     check(load(tmp_path), tmp_path)
     word = f"main.py: {path} is damaged or out of date: the images are decoded again\n"
     assert word in capfd.readouterr().err
     assert path.read_bytes() == whole
-
-
-# --------------------------------------------------------------------------------------------------
-# Other processes, signals, full disks
 
 
 def many(root: Path, n: int) -> Path:
@@ -458,38 +378,31 @@ def test_two_processes_build_once(tmp_path):
     assert "decoding once" in first.err and "decoding once" not in second.err
 
 
-@pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
-)
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_what_ends_a_build_leaves_nothing_in_the_way_of_the_next(tmp_path, number, status):
     root = many(tmp_path / "data", 400)
     builder = start_to_build(tmp_path, root)
     builder.kill(number)
-    assert builder.wait(60) == status
+    assert builder.wait() == status
     assert not arrays(root) and "Traceback" not in builder.err
-    if number != signal.SIGKILL:
-        assert builder.messages == ["main.py: interrupted"]
-    # The same images again: the workers of the first one must not live on and hold its lock.
-    # Or others: nothing half-written must stay for good.
+    # The same images again: workers of the first must not live on and hold its lock.
     n = 400
-    if number == signal.SIGTERM:
-        n, _ = 401, save(root / "faces" / "new.png", noise(20, 20))
-    again = Program(tmp_path, f"--dataroot={root}", f"--outf={tmp_path}/out", *LOAD_ONLY)
-    assert again.wait(120) == 2 and f"{n} images are too few" in again.messages[-1]
+    if number == signal.SIGINT:  # or others: nothing half-written must stay for good
+        assert builder.messages == ["main.py: interrupted"]
+        n = 10
+        for path in sorted(root.glob("faces/*"))[n:]:
+            path.unlink()
+    again = run(tmp_path, f"--dataroot={root}", f"--outf={tmp_path}/out", *LOAD_ONLY)
+    again.fails(2, f"{n} images are too few")
     assert len(arrays(root)) == 1 and not list(root.glob(".*.tmp"))
 
 
 def test_a_full_disk_is_one_line(tmp_path):
     root = photos(tmp_path / "data", 40)
     flags = (f"--dataroot={root}", f"--outf={tmp_path}/out", *LOAD_ONLY)
-    message = one_line(run(tmp_path, *flags, max_bytes=100_000), 1)
-    assert message.startswith(f"main.py: error: cannot write {root}/.wae_64_None_here_")
-    assert message.endswith("File too large")
+    ended = run(tmp_path, *flags, max_bytes=100_000)
+    ended.fails(1, f"cannot write {root}/.wae_64_None_here_", "File too large")
     assert not arrays(root) and not list(root.glob(".*.tmp"))
-
-
-# --------------------------------------------------------------------------------------------------
-# Batches
 
 
 @pytest.fixture(scope="module")
@@ -513,47 +426,23 @@ def test_batches_are_the_images_of_the_indices(array, kind):
     assert np.array_equal(got[0], array[epoch[0]]) and np.array_equal(got[2], array[epoch[2]])
 
 
-class Counting:
-    """An array that notes what it is asked for."""
-
-    def __init__(self, images: np.ndarray):
-        self.images, self.asked = images, []
-
-    def __getitem__(self, index: np.ndarray) -> np.ndarray:
-        self.asked.append(index)
-        return self.images[index]
-
-
 def test_a_thread_reads_few_batches_ahead_and_ends_with_its_consumer(array):
-    indices, before = list(utils.epoch_order(50, 0, 0).reshape(25, 2)), threading.active_count()
-    images = Counting(array)
-    for taken, _ in enumerate(utils.batches(images, indices, CPU, ahead=3), 1):
-        assert len(images.asked) <= taken + 3
-    assert all(map(np.array_equal, images.asked, indices)) and taken == len(images.asked) == 25
+    asked, before = [], threading.active_count()
 
-    images = Counting(array)
-    with contextlib.closing(utils.batches(images, indices, CPU)) as stream:
+    def indices() -> Iterator[np.ndarray]:
+        for index in np.arange(50).reshape(25, 2):
+            asked.append(index)
+            yield index
+
+    for taken, _ in enumerate(utils.batches(array, indices(), CPU, ahead=3), 1):
+        assert len(asked) <= taken + 3
+    assert taken == 25
+    with contextlib.closing(utils.batches(array, indices(), CPU)) as stream:
         next(stream)
         assert threading.active_count() == before + 1
-    assert threading.active_count() == before and len(images.asked) <= 5
+    assert threading.active_count() == before
     with pytest.raises(IndexError):  # an error of the thread reaches the consumer
         list(utils.batches(array, [np.array([1]), np.array([50])], CPU))
-    assert threading.active_count() == before
-
-
-def test_an_array_goes_to_a_gpu_if_it_fits_in_half_of_the_free_memory(array, monkeypatch):
-    gpu, placed = torch.device("cuda", 0), []
-
-    def place(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        placed.append(device)
-        return torch.zeros(shape, dtype=dtype)
-
-    monkeypatch.setattr(torch, "empty", place)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * array.nbytes - 1, 10**12))
-    assert utils.put_on_device(array, CPU) is utils.put_on_device(array, gpu) is array
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (2 * array.nbytes, 10**12))
-    assert not placed and np.array_equal(utils.put_on_device(array, gpu), array)
-    assert placed == [gpu]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -577,10 +466,7 @@ def test_pixels_to_the_range_of_the_networks_and_back():
         assert x.dtype == torch.float32 and x.is_contiguous(memory_format=torch.channels_last)
     assert np.array_equal(utils.to_uint8(plain), batch)
     assert np.array_equal(utils.to_uint8(plain + 0.4 / 255), batch)  # rounds
-    assert utils.to_uint8(torch.tensor([-1.0, 2.0]).view(2, 1, 1, 1)).tolist() == [
-        [[[0]]],
-        [[[255]]],
-    ]
+    assert utils.to_uint8(torch.tensor([-1.0, 2.0]).view(2, 1, 1, 1)).ravel().tolist() == [0, 255]
 
 
 def test_held_out_images_by_default():
@@ -593,7 +479,4 @@ def test_epoch_order_is_a_permutation_of_seed_and_epoch_alone():
     orders = [utils.epoch_order(1000, *key) for key in keys]
     assert all(np.array_equal(np.sort(order), np.arange(1000)) for order in orders)
     assert len({order.tobytes() for order in orders}) == len(orders)
-    np.random.seed(5)
-    torch.manual_seed(5)
-    for key, order in zip(keys[::-1], orders[::-1], strict=True):
-        assert np.array_equal(utils.epoch_order(1000, *key), order)
+    assert np.array_equal(utils.epoch_order(1000, *keys[0]), orders[0])

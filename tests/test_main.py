@@ -1,6 +1,5 @@
 """main.py from end to end on toy faces: what a run leaves, and what an evaluation writes."""
 
-import csv
 import importlib.util
 import itertools
 import json
@@ -15,9 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kill_and_resume import differences
 from PIL import Image
-from program import REPO, TINY, Program, run
+from program import REPO, TINY, rows, run, steps
 
 import main
 import model
@@ -30,23 +28,11 @@ FIGURES |= {"eigenvalue_min", "eigenvalue_max", *(f"sharpness_{name}" for name i
 COUNTS = {"step", "n_test", "n_samples"}
 
 
-def done(program: Program) -> Program:
-    """The program, ended well."""
-    assert program.wait() == 0, program.err
-    assert "Traceback" not in program.err and "Warning" not in program.err
-    return program
-
-
 def train(tmp_path: Path, data: Path, *flags: str, name: str = "run") -> Path:
     """Trains for one epoch of three steps, or as the flags say. Returns the folder of the run."""
     common = [f"--dataroot={data}", *TINY, "--niter=1", "--seed=1"]
-    done(run(tmp_path, *common, *flags, f"--outf={tmp_path / name}"))
+    run(tmp_path, *common, *flags, f"--outf={tmp_path / name}").succeeds()
     return tmp_path / name
-
-
-def rows(outf: Path) -> list[dict[str, str]]:
-    """The log of a run."""
-    return list(csv.DictReader((outf / "log.csv").read_text().splitlines()))
 
 
 def column(outf: Path, name: str) -> list[float]:
@@ -90,10 +76,6 @@ def held_out_images(data: Path, crop: int = 140) -> np.ndarray:
     return np.stack([np.asarray(image) for image in resized]) / 255
 
 
-# --------------------------------------------------------------------------------------------------
-# What a run leaves
-
-
 def test_the_command_line_of_the_predecessor(toy_faces, tmp_path):
     """As people have it in their scripts, in a process of its own, at the default 64 pixels."""
     command = f"""{sys.executable} {REPO / "main.py"} --dataroot={toy_faces} --dataset='celebA' \
@@ -125,23 +107,26 @@ def test_the_command_line_of_the_predecessor(toy_faces, tmp_path):
 
 
 def test_the_log_has_a_row_for_each_print_and_each_epoch(toy_faces, tmp_path):
-    flags = ("--mode=mmd", "--noise=gaussian", "--print_every=2", "--sample_every=2")
-    outf = train(tmp_path, toy_faces, "--niter=3", "--lr=0.001", *flags)
+    """At a rate that is high enough for the held-out error to go up and down."""
+    flags = ("--mode=mmd", "--noise=gaussian", "--print_every=2", "--sample_every=4")
+    outf = train(tmp_path, toy_faces, "--niter=6", "--lr=0.1", "--seed=3", *flags)
     log, tests = rows(outf), main.METRICS
-    steps = ["reconstruction", "penalty", "discriminator", "lr", "images_per_s"]
-    assert list(log[0]) == ["epoch", "step", *steps, *tests]
-    places = [(row["epoch"], row["step"], bool(row["test_mse"])) for row in log]
-    trained_rows = [("1", "2", False), ("2", "4", False), ("2", "6", False), ("3", "8", False)]
-    assert sorted(places) == sorted(
-        trained_rows + [("1", "3", True), ("2", "6", True), ("3", "9", True)]
-    )
+    training = ["reconstruction", "penalty", "discriminator", "lr", "images_per_s"]
+    assert list(log[0]) == ["epoch", "step", *training, *tests]
+    assert steps(outf) == list(range(2, 19, 2))
+    ends = [(row["epoch"], row["step"]) for row in log if row["test_mse"]]
+    assert ends == [(str(epoch), str(3 * epoch)) for epoch in range(1, 7)]
     for row in log:
-        full = {name for name in (*steps, *tests) if row[name]}
-        assert full == set(tests if row["test_mse"] else steps) - {"discriminator"}
-        assert all(np.isfinite(float(row[name])) for name in full)
-    assert set(column(outf, "lr")) == {0.001}
+        full = {name for name in (*training, *tests) if row[name]}
+        assert full == set(tests if row["test_mse"] else training) - {"discriminator"}
     pictures = {path.name for path in outf.glob("fake_samples_*")}
-    assert pictures == {f"fake_samples_epoch_00{epoch}.png" for epoch in (2, 3)}  # and the last
+    assert pictures == {f"fake_samples_epoch_00{epoch}.png" for epoch in (4, 6)}  # and the last
+
+    errors, best = column(outf, "test_mse"), load(outf, "model_best.pth.tar")
+    assert errors.index(min(errors)) < 5  # otherwise best and last are one
+    assert best["step"] == 3 * (errors.index(min(errors)) + 1)
+    assert f"{best['best']:.6g}" == f"{min(errors):.6g}"
+    assert load(outf)["step"] == 18
 
 
 def test_scaled_rates_fall_within_a_short_run_and_stretch_with_a_longer_one(toy_faces, tmp_path):
@@ -149,40 +134,16 @@ def test_scaled_rates_fall_within_a_short_run_and_stretch_with_a_longer_one(toy_
     outf = train(tmp_path, toy_faces, "--niter=3", *flags)
     assert column(outf, "lr") == [0.002] * 6 + [0.001] * 3
     command = [f"--checkpoint={outf / 'checkpoint.pth.tar'}", "--niter=6", "--n_samples=10"]
-    program = done(run(tmp_path, *command))
+    program = run(tmp_path, *command).succeeds()
     assert column(outf, "lr")[9:] == [0.002] * 3 + [0.001] * 6
     assert "main.py: --lr_schedule=scaled is stretched to --niter=6" in program.messages
 
 
-def test_the_best_model_is_that_of_the_lowest_held_out_error(toy_faces, tmp_path):
-    """The rate is high enough for the error to go up and down."""
-    flags = ("--mode=mmd", "--noise=gaussian", "--lr=0.1", "--seed=3")
-    outf = train(tmp_path, toy_faces, "--niter=6", *flags)
-    errors = column(outf, "test_mse")
-    best = load(outf, "model_best.pth.tar")
-    assert errors.index(min(errors)) < 5  # otherwise best and last are one
-    assert best["step"] == 3 * (errors.index(min(errors)) + 1)
-    assert f"{best['best']:.6g}" == f"{min(errors):.6g}"
-    assert load(outf)["step"] == 18
-
-
-@pytest.mark.parametrize("mode", ["gan", "mmd"])
-def test_a_seed_repeats_the_run_bit_for_bit(mode, trained, toy_faces, tmp_path):
-    again = train(tmp_path, toy_faces, f"--mode={mode}")
-    assert differences(trained[mode], again) == []
-    other = train(tmp_path, toy_faces, f"--mode={mode}", "--seed=2", name="other")
-    assert "fake_samples_epoch_001.png" in differences(other, again)
-
-
 COMBINATIONS = [
-    ("--mode=gan", "--noise=deterministic", "--nowozin_trick", "--no-e_pretrain"),
-    ("--mode=gan", "--noise=gaussian", "--arch=paper", "--cost=l1"),
-    ("--mode=gan", "--input_normalize_sym", "--lr_schedule=constant", "--nz=1"),
-    ("--mode=mmd", "--noise=deterministic", "--kernel=RBF", "--dataset=folder"),
-    ("--mode=mmd", "--noise=gaussian", "--kernel=RBF", "--input_normalize_sym", "--arch=paper"),
-    ("--mode=mmd", "--image_size=64", "--amp", "--beta1=0", "--imq_scales=1"),
-    ("--mode=gan", "--amp", "--lr_adv=0.01", "--LAMBDA=0"),
-    ("--mode=vae", "--pz_scale=2", "--crop=100"),
+    ("--mode=gan", "--noise=gaussian", "--arch=paper", "--nowozin_trick", "--nz=1"),
+    ("--mode=gan", "--noise=deterministic", "--input_normalize_sym", "--LAMBDA=0", "--amp"),
+    ("--mode=mmd", "--kernel=RBF", "--dataset=folder", "--image_size=64", "--beta1=0"),
+    ("--mode=vae", "--pz_scale=2", "--crop=100", "--cost=l1", "--lr_schedule=constant"),
 ]
 
 
@@ -208,32 +169,6 @@ def test_modes_kernels_noises_and_networks(flags, toy_faces, tmp_path):
     fake = cells(outf / "fake_samples_epoch_001.png", stored["image_size"], 8)
     assert fake.shape == (64, stored["image_size"], stored["image_size"], 3)
     assert 0.05 < fake.mean() < 0.95  # near the middle of the range, in both normalisations
-
-
-def test_flags_of_the_objective_reach_the_first_step(toy_faces, tmp_path):
-    """From the same weights, images and draws: each flag changes its own term alone."""
-
-    def first(number: int, flags: str) -> dict[str, str]:
-        common = ("--mode=mmd", "--noise=gaussian")
-        return rows(train(tmp_path, toy_faces, *common, *flags.split(), name=str(number)))[0]
-
-    flags = ("", "--kernel=RBF", "--imq_scales=1", "--quadratic=1", "--mode=vae", "--cost=l2")
-    imq, *others, l2 = itertools.starmap(first, enumerate(flags))
-    assert {row["reconstruction"] for row in others} == {imq["reconstruction"]}
-    assert len({row["penalty"] for row in (imq, *others)}) == 5
-    assert imq["penalty"] == l2["penalty"]
-    # The mean of 0.2 |d| is at most 0.2 sqrt(mean |d|^2); the other log has the mean of 0.05 |d|^2.
-    bound = 0.2 * (float(imq["reconstruction"]) / 0.05) ** 0.5
-    assert 0.8 * bound < float(l2["reconstruction"]) <= bound * 1.00001
-
-
-def test_pretraining_brings_the_codes_to_the_prior(toy_faces, tmp_path):
-    flags = ("--mode=mmd", "--noise=deterministic", "--lr=0.003")
-    plain = train(tmp_path, toy_faces, *flags, name="plain")
-    pretraining = ("--e_pretrain", "--e_pretrain_iters=60", "--e_pretrain_sample_size=24")
-    pretrained = train(tmp_path, toy_faces, *flags, *pretraining, name="pretrained")
-    before, after = (column(outf, "penalty")[0] for outf in (plain, pretrained))
-    assert after < before / 2
 
 
 def test_samples_of_all_epochs_come_from_the_same_codes(toy_faces, tmp_path):
@@ -275,7 +210,7 @@ def test_figures_in_the_log_are_those_of_the_checkpoint(toy_faces, tmp_path):
     row, log_variance = rows(outf)[-1], log_variance.double()
     assert float(row["noise_variance"]) == pytest.approx(log_variance.exp().mean().item(), rel=1e-4)
 
-    done(run(tmp_path, f"--outf={outf}", "--evaluate", "--n_samples=2"))
+    run(tmp_path, f"--outf={outf}", "--evaluate", "--n_samples=2").succeeds()
     assert np.abs(written(outf, "real") - real).max() < 1e-6
     codes = np.load(outf / "eval" / "codes.npy")
     assert codes.dtype == np.float32 and codes.shape == (6, 4)
@@ -285,17 +220,8 @@ def test_figures_in_the_log_are_those_of_the_checkpoint(toy_faces, tmp_path):
         decoded = (net.decoder(torch.from_numpy(codes)) + 1) / 2
     metrics = figures(outf)
     assert metrics["test_mse"] == pytest.approx((decoded - x).square().mean().item(), rel=1e-4)
-    values = np.linalg.eigvalsh(np.cov(codes.T.astype(float)))
-    w2 = np.square(codes.mean(0)).sum() + np.square(np.sqrt(values.clip(0)) - 1.5).sum()
-    assert metrics["test_w2"] == pytest.approx(w2, rel=0.3)  # whichever divisor the covariance has
-    extremes = (metrics["eigenvalue_min"], metrics["eigenvalue_max"])
-    assert extremes == pytest.approx((values[0], values[-1]), rel=0.2)
     sharpness = utils.sharpness(decoded).mean().item()
     assert metrics["sharpness_reconstructions"] == pytest.approx(sharpness, rel=1e-3)
-
-
-# --------------------------------------------------------------------------------------------------
-# Evaluation
 
 
 def count(outf: Path) -> dict[str, int]:
@@ -308,7 +234,7 @@ def test_an_evaluation_needs_the_folder_alone(trained, tmp_path):
     """It repeats the figures that training ended with, and changes nothing but what it writes."""
     outf = Path(shutil.copytree(trained["gan"], tmp_path / "run"))
     before = {path.name: path.read_bytes() for path in outf.iterdir() if path.name != ".lock"}
-    program = done(run(tmp_path, f"--outf={outf}", "--evaluate", "--n_samples=10"))
+    program = run(tmp_path, f"--outf={outf}", "--evaluate", "--n_samples=10").succeeds()
     after = {path.name: path.read_bytes() for path in outf.iterdir() if path.name in before}
     assert after == before
     assert count(outf) == dict.fromkeys(SETS, 6) | dict.fromkeys(DENSITIES, 10)
@@ -317,7 +243,7 @@ def test_an_evaluation_needs_the_folder_alone(trained, tmp_path):
     assert error == pytest.approx(metrics["test_mse"], rel=0.02)  # rounded to 8 bits
     assert f"test_mse  {metrics['test_mse']:.5g}" in program.out
 
-    done(run(tmp_path, f"--outf={outf}", "--evaluate", "--n_samples=3", "--n_test=6"))
+    run(tmp_path, f"--outf={outf}", "--evaluate", "--n_samples=3", "--n_test=6").succeeds()
     assert count(outf) == dict.fromkeys(SETS, 6) | dict.fromkeys(DENSITIES, 3)  # in their place
     assert {path.name for path in outf.rglob(".*")} == {".lock"}
 
@@ -325,7 +251,7 @@ def test_an_evaluation_needs_the_folder_alone(trained, tmp_path):
 def test_samples_are_drawn_from_each_density(trained, tmp_path):
     """Each has its own, and those of a narrow density are nearer to each other than the prior's."""
     command = [f"--checkpoint={trained['mmd'] / 'checkpoint.pth.tar'}", "--evaluate"]
-    done(run(tmp_path, *command, "--n_samples=40", f"--outf={tmp_path / 'x'}", "--pz_scale=9"))
+    run(tmp_path, *command, "--n_samples=40", f"--outf={tmp_path / 'x'}", "--pz_scale=9").succeeds()
     samples = {name: written(tmp_path / "x", name) for name in DENSITIES}
     assert {images.shape for images in samples.values()} == {(40, 32, 32, 3)}
     spread = {name: images.std(0).mean() for name, images in samples.items()}
@@ -337,7 +263,7 @@ def test_samples_are_drawn_from_each_density(trained, tmp_path):
 def test_an_evaluation_of_almost_all_images(n_train, trained, tmp_path):
     command = [f"--checkpoint={trained['mmd'] / 'checkpoint.pth.tar'}", "--evaluate"]
     flags = [f"--n_test={30 - n_train}", "--n_samples=9", f"--outf={tmp_path / 'x'}"]
-    program = done(run(tmp_path, *command, *flags))
+    program = run(tmp_path, *command, *flags).succeeds()
     densities = DENSITIES if n_train else ("samples_prior",)  # there is nothing to fit one to
     expected = {"real": 30 - n_train, "reconstructions": 30 - n_train}
     assert count(tmp_path / "x") == expected | dict.fromkeys(densities, 9)
@@ -348,83 +274,56 @@ def test_an_evaluation_of_almost_all_images(n_train, trained, tmp_path):
     ]
 
 
-@pytest.fixture(scope="module")
-def inception_weights(tmp_path_factory):
-    """A folder for TORCH_HOME with random weights of the network of pytorch-fid."""
-    inception = pytest.importorskip("pytorch_fid.inception")
-    home = tmp_path_factory.mktemp("torch")
-    path = home / "hub" / "checkpoints" / inception.FID_WEIGHTS_URL.rsplit("/")[-1]
-    path.parent.mkdir(parents=True)
-    found = {}
+class Features(torch.nn.Module):
+    """Stands in for the network of pytorch-fid, whose weights must be downloaded."""
 
-    def save(*_args: object, **_more: object) -> dict[str, torch.Tensor]:
-        for value in found["network"].state_dict().values():
-            if value.ndim > 1:
-                torch.nn.init.kaiming_normal_(value)
-        torch.save(found["network"].state_dict(), path)
-        return found["network"].state_dict()
+    BLOCK_INDEX_BY_DIM = {2048: 3}
 
-    build = inception._inception_v3
+    def __init__(self, blocks: list[int]):
+        super().__init__()
+        torch.manual_seed(sum(blocks))
+        self.convolution = torch.nn.Conv2d(3, 2048, 8, stride=8)
 
-    def remember(*args: object, **more: object) -> torch.nn.Module:
-        found["network"] = build(*args, **more)
-        return found["network"]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inception, "_inception_v3", remember)
-        patch.setattr(inception, "load_state_dict_from_url", save)
-        torch.manual_seed(0)
-        inception.fid_inception_v3()
-    return home
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [self.convolution(x).relu().mean((2, 3), keepdim=True)]
 
 
-def test_frechet_distances_are_of_the_features_that_the_package_finds(
-    trained, inception_weights, monkeypatch, tmp_path
-):
-    """In the images as they are written. Its distance takes minutes, and a part of it stands in."""
+def simple_distance(mean_1, covariance_1, mean_2, covariance_2):
+    """Stands in for the distance of pytorch-fid, which takes minutes."""
+    return np.square(mean_1 - mean_2).sum() + np.trace(covariance_1) + np.trace(covariance_2)
+
+
+def test_frechet_distances_are_of_the_images_as_they_are_written(trained, monkeypatch, tmp_path):
     score = pytest.importorskip("pytorch_fid.fid_score")
-
-    def without_root(mean_1, covariance_1, mean_2, covariance_2):
-        return np.square(mean_1 - mean_2).sum() + np.trace(covariance_1) + np.trace(covariance_2)
-
-    monkeypatch.setenv("TORCH_HOME", str(inception_weights))
-    monkeypatch.setattr(score, "calculate_frechet_distance", without_root)
+    monkeypatch.setattr(sys.modules["pytorch_fid.inception"], "InceptionV3", Features)
+    monkeypatch.setattr(score, "calculate_frechet_distance", simple_distance)
     command = [f"--checkpoint={trained['gan'] / 'checkpoint.pth.tar'}", "--evaluate", "--fid"]
     outf = tmp_path / "x"
     assert main.execute([*command, "--n_samples=3", "--n_test=2", f"--outf={outf}"]) == 0
-    metrics = figures(outf)
-    names = ["reconstructions", *DENSITIES]
-    assert {key for key in metrics if key.startswith("fid_")} == {f"fid_{name}" for name in names}
-
-    network = score.InceptionV3([3]).eval()
-    moments = {}
-    for name in ("real", *names[:2]):
+    metrics, moments = figures(outf), {}
+    for name in SETS:
         files = sorted((outf / "eval" / name).iterdir())
         statistics = score.calculate_activation_statistics
-        moments[name] = statistics(files, network, device="cpu", num_workers=0)
-    for name in names[:2]:
-        expected = without_root(*moments["real"], *moments[name])
-        assert metrics[f"fid_{name}"] == pytest.approx(expected, rel=1e-3)
+        moments[name] = statistics(files, Features([3]), device="cpu", num_workers=0)
+    for name in SETS - {"real"}:
+        expected = simple_distance(*moments["real"], *moments[name])
+        assert metrics[f"fid_{name}"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_weights_of_inception_that_cannot_be_downloaded(trained, tmp_path):
     pytest.importorskip("pytorch_fid")
     command = [f"--checkpoint={trained['gan'] / 'checkpoint.pth.tar'}", "--evaluate", "--fid"]
-    blocked = {name: "http://127.0.0.1:9" for name in ("https_proxy", "HTTPS_PROXY")}
-    environment = blocked | {"TORCH_HOME": str(tmp_path / "none")}
-    program = run(tmp_path, *command, "--n_samples=4", f"--outf={tmp_path / 'x'}", env=environment)
-    assert program.wait() == 1, program.err
-    last = program.messages[-1]
-    assert last.startswith("main.py: error: --fid: no weights of the Inception network: ")
-    assert "Traceback" not in program.err and not (tmp_path / "x" / "metrics.json").exists()
+    env = {"https_proxy": "http://127.0.0.1:9", "TORCH_HOME": str(tmp_path / "none")}
+    program = run(tmp_path, *command, f"--outf={tmp_path / 'x'}", env=env)
+    assert program.wait() == 1 and "Traceback" not in program.err
+    message = "main.py: error: --fid: no weights of the Inception network: "
+    assert program.messages[-1].startswith(message)
 
 
 def test_what_the_readme_says_of_python_works(trained, toy_faces, tmp_path):
     """The block under the heading is run where a reader would run it."""
     text = (REPO / "README.md").read_text()
     block = re.search(r"^### From Python\n.*?^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
-    if not block:
-        pytest.skip("README.md has no section of this name")
     shutil.copytree(trained["gan"], tmp_path / "gan_outputs")
     shutil.copytree(toy_faces, tmp_path / "data" / "celebA")
     environment = os.environ | {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
@@ -433,23 +332,16 @@ def test_what_the_readme_says_of_python_works(trained, toy_faces, tmp_path):
     assert ended.returncode == 0, ended.stderr
 
 
-# --------------------------------------------------------------------------------------------------
-# Options of the machine
-
-
-def test_tensorboard_has_the_numbers_of_the_log_and_the_pictures(toy_faces, tmp_path):
-    """A continued run, too."""
+def test_tensorboard_has_the_log_and_the_pictures_of_a_continued_run(toy_faces, tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     outf = train(tmp_path, toy_faces, "--mode=mmd", "--tensorboard")
-    done(run(tmp_path, f"--checkpoint={outf / 'checkpoint.pth.tar'}", "--niter=2"))
+    run(tmp_path, f"--checkpoint={outf / 'checkpoint.pth.tar'}", "--niter=2").succeeds()
     events = accumulator.EventAccumulator(str(outf))
     events.Reload()
-    for name in ("reconstruction", "penalty", "lr", "test_mse", "test_w2"):
+    for name in ("penalty", "test_w2"):
         logged = [(int(row["step"]), float(row[name])) for row in rows(outf) if row[name]]
         shown = [(event.step, event.value) for event in events.Scalars(name)]
-        assert [step for step, _ in shown] == [step for step, _ in logged]
-        values = [value for _, value in logged]
-        assert [value for _, value in shown] == pytest.approx(values, rel=1e-4)
+        np.testing.assert_allclose(shown, logged, rtol=1e-4)
     assert [event.step for event in events.Images("fake_samples")] == [3, 6]
 
 
@@ -466,7 +358,11 @@ def test_packages_that_are_not_installed(flag, words, monkeypatch, trained, tmp_
 
 
 def test_compiled_networks_compute_the_same(monkeypatch, toy_faces, tmp_path):
-    """Captured and differentiated ahead of time; the default back end would take minutes."""
+    """Captured and differentiated ahead of time; the default back end would take minutes.
+
+    The penalty in blocks differentiates within, which is what could go wrong.
+    """
+    monkeypatch.setattr(model, "BLOCK_ENTRIES", 4 * 8)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     monkeypatch.setattr(shutil, "which", lambda name: name)
     flags = ("--mode=mmd", "--noise=deterministic")
@@ -502,17 +398,6 @@ def test_a_step_waits_for_nothing_that_its_device_computes(flags, tmp_path):
     x = wae.to_input(torch.empty(n, 32, 32, 3, dtype=torch.uint8, device="meta"))
     losses = main.train_step(wae, x, wae.sample_prior(n))
     assert losses.shape == (3,) and losses.device.type == "meta"
-
-
-def test_bfloat16_is_close_to_float32(trained, toy_faces, tmp_path):
-    outf = train(tmp_path, toy_faces, "--mode=gan", "--amp")
-    plain, amp = (column(run, "reconstruction")[0] for run in (trained["gan"], outf))
-    assert plain != amp
-    assert amp == pytest.approx(plain, rel=0.02)
-
-
-# --------------------------------------------------------------------------------------------------
-# Help
 
 
 def test_help_names_every_flag_with_its_default(capsys):

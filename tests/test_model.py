@@ -21,9 +21,6 @@ import utils
 CPU = utils.World(0, 1, torch.device("cpu"))
 KERNELS = ("IMQ", "RBF")
 ARCHS = ("dcgan", "paper")
-each_network = pytest.mark.parametrize(
-    ("arch", "image_size"), [(arch, size) for arch in ARCHS for size in model.IMAGE_SIZES]
-)
 
 
 @pytest.fixture(autouse=True)
@@ -63,69 +60,49 @@ def encoder(image_size=32, nz=3, nf=2, arch="dcgan", noise="deterministic", **op
     return model.Encoder(image_size, nz, nf, arch, noise, **options)
 
 
-# --------------------------------------------------------------------------------------------------
-# MMD
-
-
-def mmd_by_pairs(q: np.ndarray, p: np.ndarray, kernel: str, pz_scale: float, scales) -> float:
+def mmd_by_pairs(q: np.ndarray, p: np.ndarray, kernel, pz_scale, scales, quadratic) -> float:
     """Computes the U-statistic pair by pair."""
     n, nz = q.shape
-    points = np.concatenate([q, p])
+    variance, points = pz_scale**2, np.concatenate([q, p])
     pooled = [((points[i] - points[j]) ** 2).sum() for i in range(2 * n) for j in range(i)]
 
     def k(a: np.ndarray, b: np.ndarray) -> float:
         d2 = ((a - b) ** 2).sum()
         if kernel == "RBF":
-            return np.exp(-d2 / (2 * np.median(pooled)))
-        return sum((2 * nz * pz_scale**2 * s) / (2 * nz * pz_scale**2 * s + d2) for s in scales)
+            value = np.exp(-d2 / (2 * np.median(pooled)))
+        else:
+            value = sum((2 * nz * variance * s) / (2 * nz * variance * s + d2) for s in scales)
+        a, b = (z * np.sqrt(2 / (1 + z @ z / (nz * variance))) for z in (a, b))
+        return value + quadratic * (a @ b) ** 2 / (nz * variance**2)
 
     within = sum(k(x[i], x[j]) for x in (q, p) for i in range(n) for j in range(n) if i != j)
     return within / (n * (n - 1)) - 2 * sum(k(a, b) for a in q for b in p) / n**2
 
 
+@pytest.mark.parametrize("quadratic", [0.0, 0.5])
 @pytest.mark.parametrize("scales", [(0.1, 0.2, 0.5, 1, 2, 5, 10), (1.0,)])
 @pytest.mark.parametrize("pz_scale", [1.0, 2.5])
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_mmd_equals_a_loop_over_pairs(kernel, pz_scale, scales):
+def test_mmd_equals_a_loop_over_pairs(kernel, pz_scale, scales, quadratic):
     codes, prior = 0.5 * double(7, 3) + 1, pz_scale * double(7, 3)
-    value = model.mmd_penalty(codes, prior, kernel, pz_scale, scales)
-    expected = mmd_by_pairs(codes.numpy(), prior.numpy(), kernel, pz_scale, scales)
+    value = model.mmd_penalty(codes, prior, kernel, pz_scale, scales, quadratic)
+    expected = mmd_by_pairs(codes.numpy(), prior.numpy(), kernel, pz_scale, scales, quadratic)
     assert value.shape == ()
     assert value.item() == pytest.approx(expected, rel=1e-9)
-    if len(scales) == 7:
-        assert model.mmd_penalty(codes, prior, kernel, pz_scale) == value  # the default
     # The unit of the latent space does not matter.
-    scaled = model.mmd_penalty(3 * codes, 3 * prior, kernel, 3 * pz_scale, scales)
+    scaled = model.mmd_penalty(3 * codes, 3 * prior, kernel, 3 * pz_scale, scales, quadratic)
     torch.testing.assert_close(scaled, value)
 
 
-def test_the_bandwidth_looks_at_the_first_points_and_is_a_constant(monkeypatch):
-    codes, prior = double(9, 3).requires_grad_(), 2 * double(9, 3)
-    expected = model.median_bandwidth(codes[:5], prior[:5])
-    assert expected != model.median_bandwidth(codes, prior)
-    monkeypatch.setattr(model, "BANDWIDTH_SAMPLE", 5)
-    assert model.median_bandwidth(codes, prior) == expected
-    assert not model.median_bandwidth(codes, prior).requires_grad
-
-
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_mmd_of_two_draws_of_one_distribution_is_zero_on_average(kernel):
-    draws = (1 + 2 * torch.randn(1500, 2, 6, 3)).unbind()
-    values = torch.stack([model.mmd_penalty(*draw, kernel) for draw in draws])
-    assert_mean(values, 0.0)
-
-
-@pytest.mark.parametrize("block_entries", [10**6, 12])  # at once, or 5 rows as 2, 2 and 1
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_mmd_gradient_equals_finite_differences(kernel, block_entries, monkeypatch):
-    monkeypatch.setattr(model, "BLOCK_ENTRIES", block_entries)
+def test_mmd_gradient_equals_finite_differences(kernel, monkeypatch):
     # Finite differences would see the bandwidth change, through which no gradient passes.
     monkeypatch.setattr(model, "median_bandwidth", lambda *_: 3.0)
     codes, prior = double(5, 3).requires_grad_(), 1 + double(5, 3)
     assert torch.autograd.gradcheck(lambda q: 7 * model.mmd_penalty(q, prior, kernel, 1.5), codes)
 
 
-@pytest.mark.parametrize("entries", [1, 3 * 13, 4 * 13, 12 * 13])  # 13 points: only 1 divides them
+@pytest.mark.parametrize("entries", [1, 4 * 13])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_mmd_in_blocks_has_the_same_value_and_gradient(kernel, entries, monkeypatch):
     codes, prior = double(13, 3).requires_grad_(), double(13, 3) + 1
@@ -149,17 +126,6 @@ def test_mmd_in_blocks_has_the_same_value_and_gradient(kernel, entries, monkeypa
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_compiled_mmd_in_blocks_has_the_same_value_and_gradient(kernel, monkeypatch):
-    """Captures without generating code: the inner differentiation is what could go wrong."""
-    monkeypatch.setattr(model, "BLOCK_ENTRIES", 5 * 13)
-    codes, prior = double(13, 3).requires_grad_(), double(13, 3) + 1
-    compiled = torch.compile(model.mmd_penalty, backend="aot_eager")
-    values = [penalty(2 * codes, prior, kernel) for penalty in (model.mmd_penalty, compiled)]
-    torch.testing.assert_close(*values)
-    torch.testing.assert_close(*(torch.autograd.grad(value, codes)[0] for value in values))
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
 def test_mmd_of_a_collapsed_encoder_is_finite(kernel):
     codes = torch.ones(8, 3, requires_grad=True)
     for prior, away in ((torch.randn(8, 3), True), (torch.ones(8, 3), False)):
@@ -169,20 +135,6 @@ def test_mmd_of_a_collapsed_encoder_is_finite(kernel):
         assert (value > 0.1) == away
 
 
-@pytest.mark.parametrize(
-    ("function", "n", "m", "name", "message"),
-    [
-        (model.mmd_penalty, 1, 1, "IMQ", r"\(1, 3\).*two rows or more"),
-        (model.mmd_penalty, 4, 5, "RBF", r"\(4, 3\).*\(5, 3\): must agree"),
-        (model.mmd_penalty, 4, 4, "cauchy", "unknown kernel 'cauchy': IMQ or RBF"),
-        (model.reconstruction_cost, 4, 4, "huber", "unknown cost 'huber': l2sq, l2 or l1"),
-    ],
-)
-def test_wrong_arguments_are_named(function, n, m, name, message):
-    with pytest.raises(ValueError, match=message):
-        function(torch.zeros(n, 3), torch.zeros(m, 3), name)
-
-
 @pytest.mark.parametrize(("nz", "pz_scale"), [(2, 1.0), (16, 0.7)])
 def test_mmd_to_prior_is_the_mean_penalty_over_draws_of_the_prior(nz, pz_scale):
     codes = pz_scale * (0.8 * torch.randn(30, nz) + 0.3)
@@ -190,19 +142,6 @@ def test_mmd_to_prior_is_the_mean_penalty_over_draws_of_the_prior(nz, pz_scale):
     values = torch.stack([model.mmd_penalty(codes, draw, "IMQ", pz_scale) for draw in draws])
     assert_mean(values.double(), model.mmd_to_prior(codes, pz_scale))
     assert values.std() / math.sqrt(3000) < 0.02 * values.mean()  # a sharp comparison
-
-
-def test_mmd_to_prior_of_many_codes():
-    """Repeats codes: their part changes as follows, the prior's and the mixed part do not."""
-    n, times, codes = 300, 5, torch.randn(300, 2)
-    pairs = model.imq_kernel(torch.cdist(codes, codes).square(), 2, 1.0).sum()
-    within = [k * pairs / (n * (n * k - 1)) - 7 / (n * k - 1) for k in (1, times)]
-    many, few = model.mmd_to_prior(codes.repeat(times, 1)), model.mmd_to_prior(codes)
-    assert (many - few).item() == pytest.approx((within[1] - within[0]).item(), rel=1e-3)
-
-
-# --------------------------------------------------------------------------------------------------
-# GAN and VAE
 
 
 def test_discriminator_loss_is_the_binary_cross_entropy():
@@ -240,19 +179,6 @@ def test_kl_divergence_is_that_of_gaussians():
     prior = Independent(Normal(torch.zeros(20, 4).double(), 1.5), 1)
     expected = torch.distributions.kl_divergence(posterior, prior).mean()
     torch.testing.assert_close(model.kl_divergence(mean, log_variance, 1.5), expected)
-
-
-def test_the_cost_of_the_vae_is_lambda_times_a_negative_log_likelihood():
-    """Takes the decoder's variance to be 10 LAMBDA, up to a constant, which drops out."""
-    LAMBDA = 0.7
-    x, y = 2 * torch.rand(2, 5, 3, 8, 8, dtype=torch.float64) - 1
-    log_p, best = (Normal(mean, math.sqrt(10 * LAMBDA)).log_prob(x) for mean in (y, x))
-    expected = LAMBDA * (best - log_p).sum((1, 2, 3)).mean()
-    torch.testing.assert_close(model.reconstruction_cost(x, y, symmetric=True), expected)
-
-
-# --------------------------------------------------------------------------------------------------
-# The training step: one encoding, one loss, one backward pass
 
 
 def gradients(network: nn.Module) -> list[Tensor]:
@@ -312,8 +238,7 @@ def test_gan_step_is_a_step_of_the_discriminator_and_one_of_the_auto_encoder(tri
     [
         (["--mode=mmd"], ("IMQ", 2.0)),
         (["--mode=mmd", "--kernel=RBF"], ("RBF", 2.0)),
-        (["--mode=mmd", "--imq_scales=1"], ("IMQ", 2.0, (1.0,))),
-        (["--mode=mmd", "--imq_scales=.3,4"], ("IMQ", 2.0, (0.3, 4.0))),
+        (["--mode=mmd", "--imq_scales=1", "--quadratic=.5"], ("IMQ", 2.0, (1.0,), 0.5)),
         (["--mode=vae"], None),
     ],
 )
@@ -334,18 +259,6 @@ def test_mmd_and_vae_steps_are_one_step_on_cost_plus_lambda_times_penalty(flags,
     torch.testing.assert_close(bias, start - 0.01 * bias.grad.sign(), rtol=1e-3, atol=1e-5)
 
 
-def test_both_pixel_ranges_decode_to_images_in_one_range(tmp_path):
-    for flags in ([], ["--input_normalize_sym"]):
-        run = build_run(tmp_path, *flags)
-        images = run.decode(run.sample_prior(4))
-        # An untrained network is in the middle of its range.
-        assert (images - 0.5).abs().max() < 0.5 and (images.mean() - 0.5).abs() < 0.05
-
-
-# --------------------------------------------------------------------------------------------------
-# Cost and networks
-
-
 def test_cost_counts_pixels_on_the_scale_from_minus_one_to_one():
     x, y = torch.rand(2, 5, 3, 4, 4, dtype=torch.float64)
     d = np.abs(2 * (x - y).numpy())
@@ -360,7 +273,8 @@ def test_cost_counts_pixels_on_the_scale_from_minus_one_to_one():
         assert gradient.isfinite().all()
 
 
-@each_network
+@pytest.mark.parametrize("image_size", model.IMAGE_SIZES)
+@pytest.mark.parametrize("arch", ARCHS)
 def test_shapes_and_ranges(arch, image_size):
     x = torch.rand(2, 3, image_size, image_size)
     for noise in ("deterministic", "add_noise", "gaussian"):
@@ -376,17 +290,6 @@ def test_shapes_and_ranges(arch, image_size):
     assert 0 < y.min() < 0.5 < y.max() < 1
     # One layer's outputs through a sigmoid, and through a tanh.
     torch.testing.assert_close(y_symmetric, torch.logit(y).tanh(), rtol=1e-4, atol=1e-5)
-
-
-@each_network
-def test_every_pixel_moves_the_code(arch, image_size):
-    """Makes all weights positive: no ReLU is off, and no two paths cancel."""
-    network = encoder(image_size, arch=arch).eval()
-    for weight in network.parameters():
-        weight.data.abs_()
-    x = torch.rand(1, 3, image_size, image_size, requires_grad=True)
-    (gradient,) = torch.autograd.grad(network(x)[0].sum(), x)
-    assert (gradient > 0).all()
 
 
 @pytest.mark.parametrize(("arch", "kernel", "side"), [("paper", 5, 8), ("dcgan", 4, 4)])
@@ -407,16 +310,6 @@ def test_sizes_of_the_networks(arch, kernel, side):
     decoder += kernel**2 * 128 * 3 + 3
     discriminator = (64 * 512 + 512) + 3 * (512 * 512 + 512) + (512 + 1)
     assert sizes == [convolutions + linear, convolutions + 2 * linear, decoder, discriminator]
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_convolutions_start_with_a_standard_deviation_of_0_02(arch):
-    modules = model.AutoEncoder(32, 3, 16, arch, "deterministic").modules()
-    convolutions = [m for m in modules if isinstance(m, nn.Conv2d | nn.ConvTranspose2d)]
-    assert len(convolutions) == (7 if arch == "dcgan" else 6)
-    for weight in (m.weight for m in convolutions):
-        assert weight.mean().abs() < 4 * 0.02 / math.sqrt(weight.numel())
-        assert (weight.std() - 0.02).abs() < 4 * 0.02 / math.sqrt(2 * weight.numel())
 
 
 @pytest.mark.parametrize(("symmetric", "deviation"), [(True, 0.01), (False, 0.005)])
@@ -465,10 +358,6 @@ def test_small_noise_of_a_gaussian_encoder_survives_bfloat16():
     assert_mean((codes - 3) ** 2, math.exp(-10))
 
 
-# --------------------------------------------------------------------------------------------------
-# Pretraining and learning rates
-
-
 def test_pretrain_loss_compares_mean_and_covariance_with_those_of_the_prior():
     codes = with_moments([1.0, 2.0], [1.5, 2.0]) @ torch.tensor([[0.6, -0.8], [0.8, 0.6]]).double()
     # The mean rotates to (2.2, 0.4). So does the covariance, less the prior's: diag(0, 4 - 2.25).
@@ -476,16 +365,15 @@ def test_pretrain_loss_compares_mean_and_covariance_with_those_of_the_prior():
     assert model.pretrain_loss(codes, pz_scale=1.5).item() == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(("n", "nz", "pz_scale"), [(10, 3, 1.0), (40, 5, 2.0), (2, 1, 0.5)])
+@pytest.mark.parametrize(("n", "nz", "pz_scale"), [(10, 3, 2.0), (2, 1, 0.5)])
 def test_pretrain_floor_is_what_draws_of_the_prior_score_on_average(n, nz, pz_scale):
     draws = pz_scale * double(2000, n, nz)
     losses = torch.stack([model.pretrain_loss(codes, pz_scale) for codes in draws])
     assert_mean(losses, model.pretrain_floor(n, nz, pz_scale))
 
 
-@pytest.mark.parametrize("noise", ["add_noise", "gaussian"])
-def test_pretraining_brings_the_moments_of_the_codes_to_those_of_the_prior(noise, tmp_path):
-    flags = [f"--noise={noise}", "--pz_scale=1.5", "--lr=0.003", "--e_pretrain_sample_size=128"]
+def test_pretraining_brings_the_moments_of_the_codes_to_those_of_the_prior(tmp_path):
+    flags = ["--noise=gaussian", "--pz_scale=1.5", "--lr=0.003", "--e_pretrain_sample_size=128"]
     run = build_run(tmp_path, *flags, "--e_pretrain_iters=400")
     images = np.random.default_rng(0).integers(256, size=(256, 32, 32, 3), dtype=np.uint8)
     decoder, codes = copy.deepcopy(run.net.decoder.state_dict()), []
@@ -505,7 +393,6 @@ def test_pretraining_brings_the_moments_of_the_codes_to_those_of_the_prior(noise
     [
         ("paper", 103, (30, 20, 50, 3)),
         ("constant", 103, (103, 0, 0, 0)),
-        ("scaled", 110, (60, 40, 10, 0)),
         ("scaled", 28, (16, 10, 2, 0)),
         ("scaled", 1, (1, 0, 0, 0)),
     ],
@@ -526,28 +413,12 @@ def test_a_seed_repeats_its_draws_and_another_key_has_others():
     assert draw(1, "noise", 0, 1) == draw(1, "noise", 0, 1)
 
 
-# --------------------------------------------------------------------------------------------------
-# The aggregated posterior
-
-
 def test_gaussian_w2_by_hand():
     codes = with_moments([1.0, 0.0, -2.0], [2.0, 0.5, 0.0])
     expected = 1 + 4 + (2 - 1.5) ** 2 + (0.5 - 1.5) ** 2 + 1.5**2
     assert model.gaussian_w2(codes, pz_scale=1.5).item() == pytest.approx(expected)
     rotation, _ = torch.linalg.qr(double(3, 3))
     assert model.gaussian_w2(codes @ rotation, pz_scale=1.5).item() == pytest.approx(expected)
-    exact = with_moments([0.0] * 3, [1.5] * 3)
-    assert model.gaussian_w2(exact, pz_scale=1.5).item() == pytest.approx(0, abs=1e-12)
-    one = with_moments([0.5], [2.0])
-    assert model.gaussian_w2(one).item() == pytest.approx(1.25)
-
-
-def test_gaussian_w2_sees_unused_directions_that_the_mmd_hardly_sees():
-    codes = torch.randn(2000, 64)
-    half = torch.cat([math.sqrt(2) * codes[:, :32], torch.zeros(2000, 32)], 1)
-    shifted = codes + 0.5
-    assert model.mmd_to_prior(half) < 0.1 * model.mmd_to_prior(shifted)
-    assert model.gaussian_w2(half) > 2 * model.gaussian_w2(shifted)
 
 
 def test_one_component_is_the_gaussian_with_the_moments_of_the_codes():
@@ -579,12 +450,9 @@ def test_a_mixture_recovers_two_clusters_and_is_likelier_than_one_gaussian():
     [
         pytest.param(torch.cat([torch.randn(50, 2), torch.full((50, 1), 0.5)], 1), id="singular"),
         pytest.param(torch.randn(20, 100), id="fewer codes than dimensions"),
-        pytest.param(torch.randn(30, 4) * torch.tensor([1e18, 1.0, 1e-18, 0.0]), id="uneven"),
         pytest.param(torch.randn(30, 4) * 1e38, id="the largest of float32"),
-        pytest.param(torch.randn(30, 4) * 1e-30, id="tiny"),
         pytest.param(torch.ones(30, 4), id="all equal"),
         pytest.param(torch.randn(1, 4), id="one code"),
-        pytest.param(torch.randn(3, 4), id="more components than codes"),
         pytest.param(torch.randn(30, 1), id="one dimension"),
     ],
 )
@@ -604,38 +472,8 @@ def test_sharpness_is_the_variance_of_the_laplace_filtered_grey_image():
     around = grey[:, :-2, 1:-1] + grey[:, 2:, 1:-1] + grey[:, 1:-1, :-2] + grey[:, 1:-1, 2:]
     expected = (around - 4 * grey[:, 1:-1, 1:-1]).var((1, 2))
     np.testing.assert_allclose(utils.sharpness(images), expected, rtol=1e-4)
-    blurred = F.avg_pool2d(images, 3, stride=1, padding=1)
-    assert (utils.sharpness(images) > 5 * utils.sharpness(blurred)).all()
-    assert utils.sharpness(torch.full((1, 3, 16, 16), 0.3)).item() == pytest.approx(0, abs=1e-9)
 
 
-def test_the_quadratic_kernel_measures_second_moments_of_shrunk_codes():
-    """With its weight, it adds the MMD of (x . y)^2 by pairs, which unused directions raise."""
-    nz, scale, n = 8, 1.5, 30
-    codes = scale * torch.randn(n, nz) * torch.tensor([0.0] * 2 + [1.0] * 6)
-    prior = model.sample_prior(n, nz, scale)
-    q, p = (
-        z * (2 / (1 + z.square().sum(1) / (nz * scale**2))).sqrt()[:, None] for z in (codes, prior)
-    )
-    k = lambda x, y: (x @ y).item() ** 2 / (nz * scale**4)  # noqa: E731
-    pairs = [(i, j) for i in range(n) for j in range(n)]
-    same = sum(k(q[i], q[j]) + k(p[i], p[j]) for i, j in pairs if i != j) / (n * (n - 1))
-    expected = same - 2 * sum(k(q[i], p[j]) for i, j in pairs) / n**2
-    plain = model.mmd_penalty(codes, prior, "IMQ", scale)
-    added = model.mmd_penalty(codes, prior, "IMQ", scale, quadratic=0.5) - plain
-    assert added.item() == pytest.approx(0.5 * expected, abs=1e-5)
-
-    many = scale * torch.randn(2000, nz)
-    unused = many * torch.tensor([0.0] * 2 + [(8 / 6) ** 0.5] * 6)  # as long, on average
-    prior = model.sample_prior(2000, nz, scale)
-    full, flat = (model.mmd_penalty(z, prior, "IMQ", scale, quadratic=1.0) for z in (many, unused))
-    assert flat > 0.2 > 10 * full.abs()
-
-
-def test_the_quadratic_kernel_is_bounded():
-    """However long the codes are, and whatever the unit of the latent space."""
-    codes, prior = 1e6 * torch.randn(50, 8), torch.randn(50, 8)
-    bound = (2 * 8) ** 2 / 8
-    assert model.quadratic_kernel(codes, codes, 1.0).max() <= bound * 1.001
-    scaled = model.quadratic_kernel(3 * codes, 3 * prior, 3.0)
-    torch.testing.assert_close(scaled, model.quadratic_kernel(codes, prior, 1.0))
+def test_the_quadratic_kernel_is_bounded_however_long_the_codes_are():
+    codes = 1e6 * torch.randn(50, 8)
+    assert model.quadratic_kernel(codes, codes, 1.0).max() <= (2 * 8) ** 2 / 8 * 1.001
