@@ -33,7 +33,10 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import CenterCrop, Compose, Resize, ToTensor
 from tqdm import tqdm
@@ -201,10 +204,10 @@ def loop_rate(bench: Bench, run: main.Run, images: utils.Images) -> float:
     return float(row[main.COLUMNS.index("images_per_s")])
 
 
-def memory_rate(bench: Bench, run: main.Run, x: Tensor) -> float:
-    """images/s of the training step on a batch that stays in memory."""
+def memory_rate(bench: Bench, run: main.Run, x: Tensor, worth: float = 1) -> float:
+    """images/s, or `worth` times as much, of the training step on a batch that stays in memory."""
     prior, n = run.sample_prior(len(x)), bench.steps
-    return rate(n * len(x), lambda: [main.train_step(run, x, prior) for _ in range(n)])
+    return rate(n * len(x) * worth, lambda: [main.train_step(run, x, prior) for _ in range(n)])
 
 
 def array_rate(images: np.ndarray, epochs: int, use: Callable) -> float:
@@ -282,6 +285,29 @@ def training(bench: Bench) -> None:
         )
 
 
+def peak(bench: Bench) -> None:
+    """The operations of a step per second, against those of a matrix product."""
+    size = 8192 if bench.cuda else 2048
+    a = torch.randn(size, size, device=bench.world.device)
+
+    def product() -> float:
+        # TF32 on a GPU, which convolutions may use.
+        torch.set_float32_matmul_precision("high" if bench.cuda else "highest")
+        speed = rate(5 * 2 * size**3 / 1e9, lambda: [a @ a for _ in range(5)])
+        torch.set_float32_matmul_precision("highest")
+        return speed
+
+    for mode in ("gan", "mmd"):
+        run = bench.run(f"--mode={mode}")
+        x = run.to_input(bench.batch(100))
+        with FlopCounterMode(display=False) as counter:
+            main.train_step(run, x, run.sample_prior(100))
+        giga = counter.get_total_flops() / 100 / 1e9  # for an image
+        name = f"operations of a step, {mode}, nf {bench.nf}, {giga:.2f} GFLOP an image"
+        other = ("a matrix product", product, "")
+        bench.compare(name, partial(memory_rate, bench, run, x, giga), other, unit="GFLOP/s")
+
+
 def penalty_alone(n: int, kernel: str, cuda: bool, rounds: int) -> tuple[float, float]:
     """Seconds, and MB at most, of the MMD penalty and its gradient for n codes."""
     randn = partial(torch.randn, device=utils.pick_device(cuda, 0))
@@ -344,13 +370,25 @@ def gpu(bench: Bench) -> None:
             torch.cuda.reset_peak_memory_stats()
             loop()
             most = (torch.cuda.max_memory_allocated() - before) / 1e6
-            loops[f"training, nf {bench.nf}, {' '.join(flags)}; {most:.0f} MB in a step"] = loop
+            used = f"{most:.0f} MB in a step, GPU busy {busy(bench, flags):.0%}"
+            loops[f"training, nf {bench.nf}, {' '.join(flags)}; {used}"] = loop
         for name, loop in loops.items():
             bench.compare(name, loop, ("float32", next(iter(loops.values())), ""))
 
 
+def busy(bench: Bench, flags: tuple[str, ...]) -> float:
+    """The share of time for which kernels run on the GPU in a row of training steps."""
+    run = bench.run(*flags)
+    x = run.to_input(bench.batch(run.flags.batch_size))
+    memory_rate(bench, run, x)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        seconds = bench.steps * len(x) / memory_rate(bench, run, x)
+    kernels = [e for e in profiler.key_averages() if e.device_type == DeviceType.CUDA]
+    return sum(e.self_device_time_total for e in kernels) / 1e6 / seconds
+
+
 # Processes are forked to build the array, and so before anything else has started threads.
-ROWS = (build, delivery, celeba_size, training, mmd, start_up, gpu)
+ROWS = (build, delivery, celeba_size, training, peak, mmd, start_up, gpu)
 
 
 def execute() -> int:

@@ -220,6 +220,9 @@ def test_figures_in_the_log_are_those_of_the_checkpoint(toy_faces, tmp_path):
         decoded = (net.decoder(torch.from_numpy(codes)) + 1) / 2
     metrics = figures(outf)
     assert metrics["test_mse"] == pytest.approx((decoded - x).square().mean().item(), rel=1e-4)
+    values = np.linalg.eigvalsh(np.cov(codes.T.astype(float)))
+    extremes = (metrics["eigenvalue_min"], metrics["eigenvalue_max"])
+    assert extremes == pytest.approx((values[0], values[-1]), rel=0.2)
     sharpness = utils.sharpness(decoded).mean().item()
     assert metrics["sharpness_reconstructions"] == pytest.approx(sharpness, rel=1e-3)
 
