@@ -410,7 +410,6 @@ def train_step(run: Run, x: Tensor, prior: Tensor) -> Tensor:
         Reconstruction cost, penalty and the discriminator's loss, (3,).
     """
     flags, world = run.flags, run.world
-    run.net.train()
     with run.autocast():
         # z~_i from Q(Z|x_i): the one encoding that all of the step shares.
         y, codes, mean, log_variance = run.step_net(x)
@@ -539,6 +538,7 @@ def train(run: Run, images: Images, test: Images, data: dict, checkpoint: dict |
         utils.set_seed(flags.seed, "prior", step)  # the same draws in every process ...
         prior = run.sample_prior(flags.batch_size)
         utils.set_seed(flags.seed, "noise", step, world.rank)  # ... but noise of its own
+        run.net.train()
         losses.append(train_step(run, run.to_input(batch), prior))
 
         done = step + 1
