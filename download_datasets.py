@@ -363,7 +363,9 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    if sys.stdout:  # None where the shell has closed it
-        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    # Either is None where the shell has closed it.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     signal.signal(signal.SIGINT, interrupt)
     sys.exit(main())
