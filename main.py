@@ -54,7 +54,7 @@ DIVERGED = "the last checkpoint is intact; try a lower --lr"
 MIXTURE = 10  # Gaussians in the mixture that is fitted to the codes (Ghosh et al., ICLR 2020)
 
 MODE_DEFAULTS = {
-    "gan": {"LAMBDA": 10.0, "noise": "add_noise"},
+    "gan": {"LAMBDA": 1.0, "noise": "add_noise"},
     "mmd": {"LAMBDA": 100.0, "noise": "add_noise"},
     "vae": {"LAMBDA": 0.2, "noise": "gaussian"},
 }
@@ -149,7 +149,7 @@ def get_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("objective").add_argument
     add("--LAMBDA", type=at_least(float, 0), help="weight of the penalty; for vae, a tenth of the "
-        "decoder's variance, for pixels in [-1, 1] (default: 10 for gan, 100 for mmd, 0.2 for vae)")
+        "decoder's variance, for pixels in [-1, 1] (default: 1 for gan, 100 for mmd, 0.2 for vae)")
     add("--pz_scale", type=positive, default=1.0,
         help="standard deviation of the prior (default: 1.0)")
     add("--cost", default="l2sq", choices=("l2sq", "l2", "l1"),
