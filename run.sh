@@ -52,11 +52,11 @@ paper)
 demo)
     install requirements.txt
     python3 download_datasets.py toy
-    # Few steps: a higher rate, which falls within the run.
+    # Few steps: higher rates, which fall within the run, and more weight on the codes of WAE-GAN.
     train=(python3 main.py --dataroot=data/toy --nf=16 --niter=20 --n_samples=1000)
     train+=(--lr=0.001 --lr_adv=0.001 --lr_schedule=scaled)
     demo=${DEMO_OUTPUTS:-demo_outputs}
-    "${train[@]}" --mode=gan --outf="$demo/gan" "${@:2}"
+    "${train[@]}" --mode=gan --LAMBDA=10 --outf="$demo/gan" "${@:2}"
     "${train[@]}" --mode=mmd --quadratic=0.3 --outf="$demo/mmd" "${@:2}"
     echo "Look at these pictures:"
     for model in gan mmd; do
