@@ -746,10 +746,11 @@ def save_picture(path: Path, picture: Image.Image) -> None:
 def write_images(folder: Path, batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """Passes on batches of images (n, 3, S, S) in [0, 1], and writes them as 00000.png and on.
 
-    They take the place of the folder when the last one is written.
+    They take the place of the folder when the last one is written; until then it stays as it is.
     """
-    new = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(new, ignore_errors=True)
+    new, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     make_folder(new)
     count = 0
     for images in batches:
@@ -761,8 +762,9 @@ def write_images(folder: Path, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         yield images
     with writing(folder):
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def scatter(first: np.ndarray, second: np.ndarray) -> Image.Image:
