@@ -863,9 +863,9 @@ def main() -> int:
     except OSError as error:
         message, status = f"{error.filename or 'a file'}: {error.strerror or error}", 1
     except (MemoryError, RuntimeError) as error:
-        utils.wait_for_torchrun()
         full = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not full and "can't allocate memory" not in str(error):
+            utils.wait_for_torchrun()
             raise
         message, status = "out of memory; try a smaller --batch_size, --nf or --image_size", 1
     if not utils.is_main_process():

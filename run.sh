@@ -37,7 +37,7 @@ reproduce)
     celeba
     train=(python3 main.py --dataroot=data/celebA --dataset=celebA --gpu_id=0 --cuda --e_pretrain)
     "${train[@]}" --mode=gan --noise=add_noise --LAMBDA=1 --lr=0.0003 --outf=gan_outputs "${@:2}"
-    "${train[@]}" --mode=mmd --noise=add_noise --LAMBDA=100 --quadratic=0.3 --lr=0.001 \
+    "${train[@]}" --mode=mmd --noise=add_noise --LAMBDA=30 --quadratic=0.3 --lr=0.001 \
         --outf=mmd_outputs "${@:2}"
     ;;
 paper)
