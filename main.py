@@ -67,8 +67,8 @@ FIXED = (
     *("e_pretrain_sample_size", "e_pretrain_iters", "seed"),
 )
 
-# Flags of a single command. All others are stored too, and --checkpoint takes them over.
-PER_COMMAND = ("checkpoint", "outf", "evaluate", "fid", "help")
+# Flags of a single command, or machine. All others are stored too, and --checkpoint takes them.
+PER_COMMAND = ("checkpoint", "outf", "evaluate", "fid", "help", "gpu_id", "workers", "compile")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--dataroot", type=folder, help="image folder, laid out as DATAROOT/sub_directory/XXX.jpg")
     add("--dataset", default="celebA", choices=("celebA", "folder"),
         help="celebA: the central 140 pixels; folder: the largest central square (default: celebA)")
-    add("--crop", type=count, help="take so many central pixels in place of that")
+    add("--crop", type=count, help="side of the central square, in place of that of --dataset")
     add("--image_size", type=int, default=64, choices=model.IMAGE_SIZES,
         help="side of the images that the networks see, in pixels (default: 64)")
     add("--n_test", type=at_least(int, 2),
@@ -168,17 +168,18 @@ def get_parser() -> argparse.ArgumentParser:
     add("--niter", type=count, default=PAPER_EPOCHS, help="epochs (default: 55)")
     add("--lr", type=positive, default=0.0003,
         help="learning rate of encoder and decoder (default: 0.0003)")
-    add("--lr_adv", type=positive, help="gan: that of the discriminator (default: 3 x lr)")
+    add("--lr_adv", type=positive, help="gan: rate of the discriminator (default: 3 x lr)")
     add("--beta1", type=at_least(float, 0), default=0.5,
         help="Adam's decay of the first moment, below 1 (default: 0.5)")
     add("--lr_schedule", default="paper", choices=("paper", "scaled", "constant"),
         help="paper: rates times 0.5, 0.1 and 0.01 after epochs 30, 50 and 100; scaled: the same "
         "shape over NITER epochs, so that a larger --niter raises them again (default: paper)")
     add("--e_pretrain", action=Switch, default=False,
-        help="first train the encoder alone until the moments of its codes match the prior's")
+        help="first train the encoder alone, to match the moments of its codes to the prior's")
     add("--e_pretrain_sample_size", type=at_least(int, 2), default=256,
-        help="images in a step of that; 2 or more (default: 256)")
-    add("--e_pretrain_iters", type=count, default=200, help="steps of that (default: 200)")
+        help="images in a step of pretraining; 2 or more (default: 256)")
+    add("--e_pretrain_iters", type=count, default=200,
+        help="steps of pretraining, at most (default: 200)")
     add("--seed", type=at_least(int, 0), default=0, help="fixes the run (default: 0)")
 
     add = parser.add_argument_group("output").add_argument
@@ -199,12 +200,13 @@ def get_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("machine").add_argument
     add("--cuda", action=Switch, default=False, help="train on a GPU")
-    add("--gpu_id", type=at_least(int, 0), default=0, help="which GPU, from 0")
+    add("--gpu_id", type=at_least(int, 0), default=0,
+        help="which GPU, from 0; several processes take one each, from the first")
     add("--ngpu", type=count, default=1, help="processes, with a GPU each if --cuda (default: 1)")
     add("--workers", type=count, help="processes that decode, on first use (default: one a core)")
     add("--amp", action=Switch, default=False,
-        help="run the networks in bfloat16; weights and penalties stay in float32")
-    add("--compile", action=Switch, default=False, help="compile the networks and the penalty")
+        help="run encoder and decoder in bfloat16; weights and penalties stay in float32")
+    add("--compile", action=Switch, default=False, help="compile encoder, decoder and the MMD")
     # fmt: on
     return parser
 
@@ -279,13 +281,18 @@ def check(flags: argparse.Namespace) -> argparse.Namespace:
         raise UsageError(f"--beta1={flags.beta1} must be below 1")
     if flags.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise UsageError("--tensorboard: TensorBoard is not installed; pip install tensorboard")
+    if flags.fid and importlib.util.find_spec("pytorch_fid") is None:
+        raise UsageError("--fid: pytorch-fid is not installed; pip install pytorch-fid")
     compilers = (os.environ.get("CXX", "g++"), "c++", "clang++")
     if flags.compile and not any(map(shutil.which, compilers)):
         raise UsageError("--compile needs a C++ compiler, and there is none here")
     launched = utils.started_by_torchrun()
+    flag, here = "--ngpu", flags.ngpu
+    if launched:
+        flag, here = "--nproc_per_node", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     n_gpus = torch.cuda.device_count()
-    if flags.cuda and not launched and flags.ngpu > max(1, n_gpus):
-        raise UsageError(f"--ngpu={flags.ngpu}: there are {n_gpus} GPUs here")
+    if flags.cuda and here > max(1, n_gpus):
+        raise UsageError(f"{flag}={here}: there are {n_gpus} GPUs here")
     size = int(os.environ["WORLD_SIZE"]) if launched else flags.ngpu
     if flags.batch_size % size or flags.batch_size < 2 * size:
         raise UsageError(f"--batch_size={flags.batch_size} cannot be shared by {size} processes")
@@ -400,7 +407,7 @@ class Run:
 def train_step(run: Run, x: Tensor, prior: Tensor) -> Tensor:
     """One step of Algorithm 1 (gan) or 2 (mmd) of the paper, or of a VAE.
 
-    Does not synchronise with the GPU.
+    Does not wait for the GPU, except where batch norm is synchronised.
 
     Args:
         x: this process's images x_1 ... x_n of the batch, (n, 3, S, S).
@@ -445,7 +452,8 @@ def train_step(run: Run, x: Tensor, prior: Tensor) -> Tensor:
 def pretrain_encoder(run: Run, images: Images) -> None:
     """Trains the encoder alone until its codes have the prior's mean and covariance.
 
-    It stops when the loss is what as many draws of the prior would score.
+    It stops when the loss is what as many draws of the prior would score, or after
+    --e_pretrain_iters steps.
     """
     flags, n = run.flags, run.flags.e_pretrain_sample_size
     optimizer = run.adam(run.net.encoder, flags.lr)
@@ -586,12 +594,7 @@ def train(run: Run, images: Images, test: Images, data: dict, checkpoint: dict |
         log.close()
     if stopping:
         utils.warn(f"stopped after step {done} of {end}; the same command continues")
-        return stopping
-    refresh_batch_norm(run, images)
-    if log:
-        evaluate(run, images, test, step=end, folders=False)
-        print(f"samples, log and checkpoints are in {flags.outf}")
-    return 0
+    return stopping
 
 
 def start_log(run: Run, images: Images, text: str, step: int) -> utils.Log:
@@ -711,6 +714,7 @@ def plot_codes(run: Run, codes: Tensor) -> Any:
 def evaluate(run: Run, train: Images, test: Images, step: int, folders: bool) -> None:
     """Writes metrics.json and codes.png and, with `folders`, all images and codes to eval/."""
     flags, outf = run.flags, run.flags.outf
+    inception, features = utils.Inception(run.world.device) if flags.fid else None, {}
     metrics, codes = test_metrics(run, test)
     utils.set_seed(flags.seed, "prior metrics")
     draws = run.sample_prior(len(codes))
@@ -726,7 +730,6 @@ def evaluate(run: Run, train: Images, test: Images, step: int, folders: bool) ->
             latents[f"samples_{name}"] = density.sample((flags.n_samples,))
     latents["reconstructions"] = codes
 
-    inception, features = utils.Inception(run.world.device) if flags.fid else None, {}
     sets = {"real": (utils.from_uint8(batch, False) for batch in in_order(run, test))}
     sets |= {name: map(run.decode, z.split(flags.batch_size)) for name, z in latents.items()}
     for name, batches in sets.items():
@@ -783,7 +786,7 @@ def execute(argv: list[str]) -> int:
     flags, checkpoint = get_flags(argv)
     if flags.ngpu > 1 and not utils.started_by_torchrun():
         return launch(flags.ngpu, argv)
-    world = utils.join_world(flags.cuda, flags.gpu_id)
+    world = utils.get_world(flags.cuda, flags.gpu_id)
     images, digest = utils.load_images(
         *(flags.dataroot, flags.dataset, flags.image_size),
         *(flags.crop, flags.workers, flags.cache_dir),
@@ -800,31 +803,39 @@ def execute(argv: list[str]) -> int:
         step = checkpoint["step"]
     utils.make_folder(flags.outf)
     lock = utils.lock(flags.outf / ".lock", wait=False) if world.is_main else None
+    utils.join(world)
+    if not utils.all_equal(utils.digest(digest, step), world):
+        raise UserError(
+            f"--outf={flags.outf}, --dataroot={flags.dataroot}: the processes do not find the same "
+            "checkpoint and images there; all machines need both"
+        )
     if not flags.evaluate and is_complete(flags, step, end):
-        print(f"the run in {flags.outf} is complete; a larger --niter continues it")
+        utils.leave_world()
+        if world.is_main:
+            print(f"the run in {flags.outf} is complete; a larger --niter continues it")
         return 0
-
     images = utils.put_on_device(images, world.device)
     train_images, test_images = images[: data["n_train"]], images[data["n_train"] :]
-    # All training batches have one shape. On a GPU, convolutions may use TF32, penalties may not.
+    # Training batches have one shape, so that the search for fast convolutions pays.
     torch.backends.cudnn.benchmark = True
     run = Run(flags, world)
     if checkpoint:
         run.load_state_dict(checkpoint)
     signum = 0
-    if flags.evaluate:
-        refresh_batch_norm(run, train_images)
-        if world.is_main:
-            evaluate(run, train_images, test_images, step, folders=True)
-    else:
+    if not flags.evaluate:
         if checkpoint:
             utils.warn(f"continuing the run in {flags.outf} from step {step} of {end}")
             if flags.lr_schedule == "scaled" and flags.niter > checkpoint["flags"]["niter"]:
                 utils.warn(f"--lr_schedule=scaled is stretched to --niter={flags.niter}")
-        signum = train(run, train_images, test_images, data, checkpoint)
+        signum, step = train(run, train_images, test_images, data, checkpoint), end
+    if not signum:
+        refresh_batch_norm(run, train_images)
+    utils.leave_world()  # now, since the others would not wait for a long evaluation
+    if world.is_main and not signum:
+        evaluate(run, train_images, test_images, step, folders=flags.evaluate)
+        print(f"samples and metrics are in {flags.outf}")
     if lock:
         lock.close()
-    utils.leave_world()
     return 128 + signum if signum else 0
 
 
@@ -863,8 +874,8 @@ def main() -> int:
     except OSError as error:
         message, status = f"{error.filename or 'a file'}: {error.strerror or error}", 1
     except (MemoryError, RuntimeError) as error:
-        full = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not full and "can't allocate memory" not in str(error):
+        signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
             utils.wait_for_torchrun()
             raise
         message, status = "out of memory; try a smaller --batch_size, --nf or --image_size", 1

@@ -95,7 +95,7 @@ class Encoder(nn.Module):
             # Drawn in the memory order of channels-last images, which is 7 times faster on a CPU.
             noise = torch.randn_like(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
             x = x + self.pixel_noise * noise
-        # In float32 under autocast too: bfloat16 would round small noise away.
+        # To float32 before noise is added: bfloat16 would round small noise away.
         moments = self.moments(self.features(x)).float()
         if self.noise != "gaussian":
             return moments, None

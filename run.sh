@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # bash run.sh                  trains this repository's two models on CelebA; needs a CUDA GPU
-# bash run.sh paper            trains the paper's three models, with its settings; needs a CUDA GPU
+# bash run.sh paper [FLAG ...] trains the paper's three models, with its settings; needs a CUDA GPU
 # bash run.sh demo [FLAG ...]  trains two small models on toy faces, on the CPU, in a few minutes
 # bash run.sh test [ARG ...]   lints, and runs the tests
 # FLAGs go to main.py, ARGs to pytest. The same command again continues what was interrupted.
@@ -36,9 +36,9 @@ case "${1:-reproduce}" in
 reproduce)
     celeba
     train=(python3 main.py --dataroot=data/celebA --dataset=celebA --gpu_id=0 --cuda --e_pretrain)
-    "${train[@]}" --mode=gan --noise=add_noise --LAMBDA=1 --lr=0.0003 --outf=gan_outputs "${@:2}"
+    "${train[@]}" --mode=gan --noise=add_noise --LAMBDA=1 --lr=0.0003 --outf=outputs/gan
     "${train[@]}" --mode=mmd --noise=add_noise --LAMBDA=30 --quadratic=0.3 --lr=0.001 \
-        --outf=mmd_outputs "${@:2}"
+        --outf=outputs/mmd
     ;;
 paper)
     celeba

@@ -448,7 +448,7 @@ class World:
 
 
 def started_by_torchrun() -> bool:
-    """Whether the environment has all that torchrun sets; a part of it may be another program's."""
+    """Whether all of torchrun's variables are set; other programs set some of them."""
     names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
     return names <= os.environ.keys()
 
@@ -458,18 +458,21 @@ def is_main_process() -> bool:
     return not started_by_torchrun() or os.environ["RANK"] == "0"
 
 
-def join_world(cuda: bool, gpu_id: int) -> World:
-    """Picks the device, and joins the other processes (by NCCL on GPUs, by gloo on CPUs).
-
-    Raises:
-        UsageError: no GPU, or not the one asked for.
-    """
+def get_world(cuda: bool, gpu_id: int) -> World:
+    """This process's place and device. Raises UsageError: no GPU, or not the one asked for."""
     if not started_by_torchrun():
         return World(0, 1, pick_device(cuda, gpu_id))
-    device = pick_device(cuda, int(os.environ["LOCAL_RANK"]))
+    rank, local_rank, size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     end_with_parent()
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    return World(dist.get_rank(), dist.get_world_size(), device)
+    return World(rank, size, pick_device(cuda, local_rank))
+
+
+def join(world: World) -> None:
+    """Joins the other processes, if there are any: by NCCL on GPUs, by gloo on CPUs."""
+    if started_by_torchrun():
+        cuda = world.device.type == "cuda"
+        device = world.device if cuda else None
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device)
 
 
 def end_with_parent() -> None:
@@ -530,6 +533,15 @@ class Gather(torch.autograd.Function):
 def gather(x: Tensor, world: World) -> Tensor:
     """The rows of all processes, differentiable; x itself if there is only one process."""
     return Gather.apply(x) if world.size > 1 else x
+
+
+def all_equal(digest: str, world: World) -> bool:
+    """Whether all processes have the same `digest`."""
+    number = int(digest, 16) >> 1  # 63 bits
+    extremes = torch.tensor([number, -number], device=world.device)
+    if world.size > 1:
+        dist.all_reduce(extremes, dist.ReduceOp.MAX)
+    return int(extremes.sum()) == 0
 
 
 def average(values: Tensor, world: World) -> Tensor:
@@ -797,15 +809,13 @@ class Inception:
     """The network of the Frechet inception distance, by the optional package pytorch-fid.
 
     Raises:
-        UserError: the package is not installed, or its weights cannot be downloaded.
+        UserError: its weights cannot be downloaded.
     """
 
     def __init__(self, device: torch.device):
-        try:
-            from pytorch_fid.fid_score import calculate_frechet_distance
-            from pytorch_fid.inception import InceptionV3
-        except ImportError:
-            raise UsageError("--fid needs pytorch-fid: pip install pytorch-fid") from None
+        from pytorch_fid.fid_score import calculate_frechet_distance
+        from pytorch_fid.inception import InceptionV3
+
         self.distance, self.device = calculate_frechet_distance, device
         try:
             self.network = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).to(device).eval()

@@ -103,10 +103,10 @@ class Predecessor:
 
 
 def train_predecessor(run: main.Run, images: Any, test: Any, data: dict, checkpoint: Any) -> int:
-    """Trains by the predecessor's schedule, in place of main.train, and evaluates as it does.
+    """Trains by the predecessor's schedule, in place of main.train.
 
-    Batches, layout and --amp are main.py's. Leaves a grid of samples, metrics.json, codes.png and a
-    checkpoint, so that `main.py --outf=... --evaluate` works.
+    Batches, layout and --amp are main.py's. Leaves a grid of samples and a checkpoint, so that
+    `main.py --outf=... --evaluate` works.
     """
     flags, world = run.flags, run.world
     if flags.mode == "vae" or checkpoint:
@@ -123,7 +123,6 @@ def train_predecessor(run: main.Run, images: Any, test: Any, data: dict, checkpo
     main.save(run, end, float("inf"), log, data, main.CHECKPOINT)
     path = flags.outf / f"fake_samples_epoch_{flags.niter:03d}.png"
     utils.save_picture(path, main.sample_grids(run, test)["fake_samples"])
-    main.evaluate(run, images, test, end, folders=False)
     return 0
 
 

@@ -6,6 +6,7 @@ can be signalled and killed.
 """
 
 import atexit
+import contextlib
 import csv
 import multiprocessing
 import multiprocessing.forkserver
@@ -80,8 +81,9 @@ class Program:
 
     def kill(self, number: int) -> None:
         """Sends a signal; nothing happens if the process is over."""
-        if self.process.exitcode is None:
-            os.kill(self.process.pid, number)
+        with contextlib.suppress(ProcessLookupError):
+            if self.process.exitcode is None:
+                os.kill(self.process.pid, number)
 
     def wait(self, timeout: float = 200) -> int:
         """The exit status, or minus the signal that ended it."""

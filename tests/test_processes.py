@@ -57,7 +57,8 @@ def torchrun_variables(size: int) -> list[dict[str, str]]:
 def in_world(env: dict[str, str], function: Callable[[utils.World], object], path: Path) -> None:
     """Does what one of several processes does: saves the function's value."""
     os.environ |= env
-    world = utils.join_world(cuda=False, gpu_id=0)
+    world = utils.get_world(cuda=False, gpu_id=0)
+    utils.join(world)
     torch.save(function(world), path)
     utils.leave_world()
 
@@ -150,6 +151,22 @@ def test_torchrun_by_hand_continues_a_run_of_one_process(data, tmp_path):
     assert steps(out) == list(range(1, 2 * STEPS + 1))
     assert [int(row["step"]) for row in rows(out) if row["test_mse"]] == [STEPS, 2 * STEPS]
     assert done.stdout.count("epoch 2:") == done.stderr.count("continuing the run") == 1
+
+    again = program.run(tmp_path / "again", *data, "--niter=2", "--ngpu=2", f"--outf={out}")
+    again.succeeds()
+    assert again.out == f"the run in {out} is complete; a larger --niter continues it\n"
+
+
+def test_processes_that_find_different_checkpoints(data, tmp_path):
+    """As on machines that do not share --outf: one would continue, the other begin."""
+    program.run(tmp_path / "one", *data, "--niter=1", f"--outf={tmp_path / '0'}")
+    argv = [*data, "--niter=2"]
+    ranks = [
+        Program(tmp_path / f"rank {n}", *argv, f"--outf={tmp_path / str(n)}", env=env)
+        for n, env in enumerate(torchrun_variables(2))
+    ]
+    ranks[0].fails(1, "the processes do not find the same checkpoint and images")
+    ranks[1].kill(signal.SIGKILL)  # it waits for torchrun to do that
 
 
 def continues(data: list[str], out: Path) -> None:
