@@ -804,7 +804,7 @@ def execute(argv: list[str]) -> int:
     utils.make_folder(flags.outf)
     lock = utils.lock(flags.outf / ".lock", wait=False) if world.is_main else None
     utils.join(world)
-    if not utils.all_equal(utils.digest(digest, step), world):
+    if not utils.all_equal((digest, step), world):
         raise UserError(
             f"--outf={flags.outf}, --dataroot={flags.dataroot}: the processes do not find the same "
             "checkpoint and images there; all machines need both"

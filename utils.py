@@ -535,13 +535,12 @@ def gather(x: Tensor, world: World) -> Tensor:
     return Gather.apply(x) if world.size > 1 else x
 
 
-def all_equal(digest: str, world: World) -> bool:
-    """Whether all processes have the same `digest`."""
-    number = int(digest, 16) >> 1  # 63 bits
-    extremes = torch.tensor([number, -number], device=world.device)
+def all_equal(value: Any, world: World) -> bool:
+    """Whether all processes have the same value."""
+    values = [value] * world.size
     if world.size > 1:
-        dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    return int(extremes.sum()) == 0
+        dist.all_gather_object(values, value)
+    return all(other == value for other in values)
 
 
 def average(values: Tensor, world: World) -> Tensor:
