@@ -1,20 +1,17 @@
-"""Trains and evaluates Wasserstein auto-encoders (Tolstikhin et al., ICLR 2018, arXiv 1711.01558).
+"""Trains, evaluates and samples Wasserstein auto-encoders (Tolstikhin et al., ICLR 2018,
+arXiv 1711.01558).
 
     python3 main.py --dataroot=data/celebA --cuda --mode=gan --e_pretrain --outf=gan_outputs
     python3 main.py --dataroot=data/celebA --cuda --mode=mmd --e_pretrain --outf=mmd_outputs
-    python3 main.py --checkpoint=gan_outputs/checkpoint.pth.tar --evaluate --cuda
+    python3 main.py --outf=gan_outputs --evaluate --cuda
+    python3 main.py --outf=gan_outputs --generate=64
 
 The first two train WAE-GAN (Algorithm 1) and WAE-MMD (Algorithm 2); the same command continues a
-run that was interrupted. The third writes samples and metrics.
+run that was interrupted. The third writes samples and metrics, the fourth samples alone, without
+the images.
 
 model.py: networks, costs and penalties. utils.py: images, processes, checkpoints, pictures.
 """
-
-import signal
-
-if __name__ == "__main__":
-    # Ctrl-C during the imports, which take seconds, ends the program without a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
 import importlib.util
@@ -22,18 +19,19 @@ import json
 import logging
 import math
 import os
-import shutil
+import signal
 import sys
 import time
-from argparse import BooleanOptionalAction as Switch
+from argparse import BooleanOptionalAction
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
@@ -43,15 +41,17 @@ import model
 import utils
 from utils import Images, UsageError, UserError, World
 
-CHECKPOINT, METRICS_FILE = "checkpoint.pth.tar", "metrics.json"
+CHECKPOINT, BEST, METRICS_FILE = "checkpoint.pth.tar", "model_best.pth.tar", "metrics.json"
+DENSITIES = "densities.pth.tar"
 LOSSES = ("reconstruction", "penalty", "discriminator")
 METRICS = ("test_mse", "test_mmd", "test_w2", "eigenvalue_min", "eigenvalue_max", "noise_variance")
 COLUMNS = ("epoch", "step", *LOSSES, "lr", "images_per_s", *METRICS)
 
 PAPER_EPOCHS = 55  # the length of run that the paper's schedule of learning rates is made for
 BATCH_NORM_BATCHES = 100  # that batch norm is re-estimated from at an epoch's end
-DIVERGED = "the last checkpoint is intact; try a lower --lr"
-MIXTURE = 10  # Gaussians in the mixture that is fitted to the codes (Ghosh et al., ICLR 2020)
+N_MIXTURE = 10  # Gaussians in the mixture that is fitted to the codes (Ghosh et al., ICLR 2020)
+GPU_BATCH = 1024  # images that are encoded or decoded at a time in an evaluation on a GPU
+DIVERGED_HINT = "try a lower --lr in another --outf; a checkpoint written before is intact"
 
 MODE_DEFAULTS = {
     "gan": {"LAMBDA": 1.0, "noise": "add_noise"},
@@ -59,16 +59,12 @@ MODE_DEFAULTS = {
     "vae": {"LAMBDA": 0.2, "noise": "gaussian"},
 }
 
-# Flags that define a run. They are stored in the checkpoint and cannot change when it continues.
-FIXED = (
-    *("dataset", "crop", "image_size", "n_test", "batch_size", "mode", "arch", "nz", "nf", "noise"),
-    *("input_normalize_sym", "LAMBDA", "pz_scale", "cost", "kernel", "imq_scales", "quadratic"),
-    *("nowozin_trick", "lr", "lr_adv", "beta1", "lr_schedule", "e_pretrain"),
-    *("e_pretrain_sample_size", "e_pretrain_iters", "seed"),
-)
-
-# Flags of a single command, or machine. All others are stored too, and --checkpoint takes them.
-PER_COMMAND = ("checkpoint", "outf", "evaluate", "fid", "help", "gpu_id", "workers", "compile")
+# Flags of a single command or of a machine: a checkpoint does not bring them.
+NOT_KEPT = "checkpoint outf evaluate fid generate density cuda gpu_id ngpu workers compile graph"
+NOT_KEPT = frozenset(NOT_KEPT.split())
+# Flags that a continued run may change. All others define the run.
+MAY_CHANGE = "dataroot cache_dir niter print_every sample_every checkpoint_every tensorboard"
+MAY_CHANGE = NOT_KEPT.union(MAY_CHANGE.split(), ("n_samples", "amp"))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -82,30 +78,30 @@ class Parser(argparse.ArgumentParser):
         raise UsageError(message)
 
 
-def at_least(kind: type, low: float, above: bool = False) -> Callable[[str], Any]:
-    """An argparse type: a finite number from `low` on, or above it."""
+def number(kind: type, low: float, high: float = 1e9, above: bool = False) -> Callable[[str], Any]:
+    """An argparse type: a number from `low` on, or above it, up to `high`."""
 
     def parse(text: str) -> Any:
         value = kind(text)
-        if not low <= value < math.inf or (above and value == low):
-            bound = f"{'more than' if above else 'at least'} {low:g}"
-            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bound}")
+        if not low <= value <= high or (above and value == low):
+            bounds = f"{'more than' if above else 'at least'} {low:g} and at most {high:g}"
+            raise argparse.ArgumentTypeError(f"{text} is out of range: it must be {bounds}")
         return value
 
     parse.__name__ = kind.__name__  # argparse names it when the text is no number at all
     return parse
 
 
-def folder(text: str) -> Path:
+def path(text: str) -> Path:
     """An argparse type: a path, which is not empty."""
     if not text:
         raise argparse.ArgumentTypeError("it is empty")
-    return Path(text)
+    return Path(text).expanduser()
 
 
 def positive_numbers(text: str) -> tuple[float, ...]:
     """An argparse type: numbers above 0, separated by commas."""
-    return tuple(at_least(float, 0, above=True)(part) for part in text.split(","))
+    return tuple(number(float, 0, above=True)(part) for part in text.split(","))
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -116,21 +112,24 @@ def get_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    count, positive = at_least(int, 1), at_least(float, 0, above=True)
+    count, positive = number(int, 1), number(float, 0, above=True)
+    switch = {"action": BooleanOptionalAction, "default": False}
 
     # fmt: off
     add = parser.add_argument_group("data").add_argument
-    add("--dataroot", type=folder, help="image folder, laid out as DATAROOT/sub_directory/XXX.jpg")
-    add("--dataset", default="celebA", choices=("celebA", "folder"),
-        help="celebA: the central 140 pixels; folder: the largest central square (default: celebA)")
-    add("--crop", type=count, help="side of the central square, in place of that of --dataset")
+    add("--dataroot", type=path, help="image folder, laid out as DATAROOT/sub_directory/XXX.jpg")
+    add("--dataset", default="celebA", choices=("celebA", "folder"), help="centre crop. celebA: "
+        "140 x 140 pixels; folder: the largest square (default: celebA)")
+    add("--crop", type=count, help="side of the centre crop, in place of that of --dataset")
     add("--image_size", type=int, default=64, choices=model.IMAGE_SIZES,
         help="side of the images that the networks see, in pixels (default: 64)")
-    add("--n_test", type=at_least(int, 2),
-        help="images held out, the last by path; 2 or more (default: a tenth, at most 19962)")
-    add("--batch_size", type=at_least(int, 2), default=100,
+    add("--channels", type=int, default=3, choices=(1, 3),
+        help="3: colour; 1: grey; the cost is a sum over channels (default: 3)")
+    add("--n_test", type=count,
+        help="images held out, the last by path (default: a tenth, at most 19962)")
+    add("--batch_size", type=number(int, 2), default=100,
         help="images in a step, over all processes; 2 or more (default: 100)")
-    add("--cache_dir", type=folder, help="where to keep the decoded images (default: a hidden file "
+    add("--cache_dir", type=path, help="where to keep the decoded images (default: a hidden file "
         "in DATAROOT or, if that cannot be written, in the user's cache folder)")
 
     add = parser.add_argument_group("model").add_argument
@@ -142,88 +141,89 @@ def get_parser() -> argparse.ArgumentParser:
     add("--nf", type=count, default=128,
         help="base width; the widest layers have 8 x NF channels (default: 128)")
     add("--noise", choices=("deterministic", "add_noise", "gaussian"),
-        help="randomness of the encoder. deterministic: none; add_noise: on the pixels while "
-        "training; gaussian: a Gaussian code (default: add_noise, and gaussian for vae)")
-    add("--input_normalize_sym", action=Switch, default=False,
+        help="type of encoder: deterministic; add_noise: noise on the pixels while training; "
+        "gaussian: a Gaussian code (default: add_noise, and gaussian for vae)")
+    add("--input_normalize_sym", **switch,
         help="the networks work in [-1, 1] with a tanh, not in [0, 1] with a sigmoid")
 
     add = parser.add_argument_group("objective").add_argument
-    add("--LAMBDA", type=at_least(float, 0), help="weight of the penalty; for vae, a tenth of the "
-        "decoder's variance, for pixels in [-1, 1] (default: 1 for gan, 100 for mmd, 0.2 for vae)")
-    add("--pz_scale", type=positive, default=1.0,
+    add("--LAMBDA", type=number(float, 0), help="weight of the penalty; for vae, decoder variance "
+        "/ 10, for pixels in [-1, 1] (default: 1 for gan, 100 for mmd, 0.2 for vae)")
+    add("--pz_scale", type=number(float, 1e-3, 1e3), default=1.0,
         help="standard deviation of the prior (default: 1.0)")
     add("--cost", default="l2sq", choices=("l2sq", "l2", "l1"),
         help="l2sq: 0.05 |x-y|^2; l2: 0.2 |x-y|; l1: 0.02 |x-y|_1 (default: l2sq)")
+    add("--mmd", default="exact", choices=("exact", "sampled"), help="mmd: the expectation over "
+        "the prior in closed form, or samples of it, as in Algorithm 2 (default: exact)")
     add("--kernel", default="IMQ", choices=("IMQ", "RBF"),
         help="mmd: inverse multiquadratic or Gaussian (default: IMQ)")
     add("--imq_scales", type=positive_numbers, default=model.IMQ_SCALES, metavar="X,X,...",
         help="mmd: scales of the IMQ kernels that are summed; 1 alone is the paper's "
         "(default: 0.1,0.2,0.5,1,2,5,10, the official code's)")
-    add("--quadratic", type=at_least(float, 0), default=0.0, help="mmd: weight of a quadratic "
+    add("--quadratic", type=number(float, 0), default=0.0, help="mmd: weight of a quadratic "
         "kernel that is added; it sees directions that the codes do not use (default: 0.0)")
-    add("--nowozin_trick", action=Switch, default=False,
+    add("--nowozin_trick", **switch,
         help="gan: add the prior's log density to the discriminator's logit")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--niter", type=count, default=PAPER_EPOCHS, help="epochs (default: 55)")
     add("--lr", type=positive, default=0.0003,
         help="learning rate of encoder and decoder (default: 0.0003)")
-    add("--lr_adv", type=positive, help="gan: rate of the discriminator (default: 3 x lr)")
-    add("--beta1", type=at_least(float, 0), default=0.5,
+    add("--lr_adv", type=positive, help="gan: that of the discriminator (default: 3 x lr)")
+    add("--beta1", type=number(float, 0), default=0.5,
         help="Adam's decay of the first moment, below 1 (default: 0.5)")
     add("--lr_schedule", default="paper", choices=("paper", "scaled", "constant"),
-        help="paper: rates times 0.5, 0.1 and 0.01 after epochs 30, 50 and 100; scaled: the same "
-        "shape over NITER epochs, so that a larger --niter raises them again (default: paper)")
-    add("--e_pretrain", action=Switch, default=False,
+        help="paper: multiply learning rates by 0.5, 0.1 and 0.01 after epochs 30, 50 and 100; "
+        "scaled: by 0.5 and 0.1 after 30/55 and 50/55 of the run (default: paper)")
+    add("--e_pretrain", **switch,
         help="first train the encoder alone, to match the moments of its codes to the prior's")
-    add("--e_pretrain_sample_size", type=at_least(int, 2), default=256,
+    add("--e_pretrain_sample_size", type=number(int, 2), default=256,
         help="images in a step of pretraining; 2 or more (default: 256)")
     add("--e_pretrain_iters", type=count, default=200,
         help="steps of pretraining, at most (default: 200)")
-    add("--seed", type=at_least(int, 0), default=0, help="fixes the run (default: 0)")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed (default: 0)")
 
     add = parser.add_argument_group("output").add_argument
-    add("--outf", type=folder, help="where to write; a run in it is continued if it has the same "
+    add("--outf", type=path, help="where to write; a run in it is continued if it has the same "
         "flags (default: outputs, or the folder of --checkpoint)")
     add("--print_every", type=count, default=10, help="steps between rows of log.csv (default: 10)")
     add("--sample_every", type=count, default=1, help="epochs between pictures (default: 1)")
-    add("--checkpoint", type=folder,
-        help="continue or evaluate this run; its flags become the defaults")
-    add("--tensorboard", action=Switch, default=False,
+    add("--checkpoint_every", type=number(float, 0), default=60.0, help="seconds between "
+        "checkpoints, at the ends of epochs; the last epoch has one anyway (default: 60.0)")
+    add("--tensorboard", **switch,
         help="write log and pictures for TensorBoard too, which must be installed")
-    add("--evaluate", action=Switch, default=False,
-        help="no training: write images and metrics of a checkpoint")
-    add("--n_samples", type=at_least(int, 2), default=10000,
+
+    add = parser.add_argument_group("use of a checkpoint").add_argument
+    add("--checkpoint", type=path,
+        help="continue, evaluate or sample this run; its flags become the defaults")
+    add("--evaluate", **switch, help="no training: write images and metrics of a checkpoint")
+    add("--n_samples", type=number(int, 2), default=10000,
         help="samples of each latent density in an evaluation; 2 or more (default: 10000)")
-    add("--fid", action=Switch, default=False,
+    add("--fid", **switch,
         help="add Frechet inception distances to an evaluation; needs pytorch-fid")
+    add("--generate", type=count, metavar="N",
+        help="no training, no images needed: write N samples of a checkpoint")
+    add("--density", default="prior", choices=("prior", "gaussian", "mixture"),
+        help="of the samples: the prior, or one fitted to codes by an evaluation (default: prior)")
 
     add = parser.add_argument_group("machine").add_argument
-    add("--cuda", action=Switch, default=False, help="train on a GPU")
-    add("--gpu_id", type=at_least(int, 0), default=0,
-        help="which GPU, from 0; several processes take one each, from the first")
+    add("--cuda", **switch, help="use a GPU")
+    add("--gpu_id", type=number(int, 0), default=0,
+        help="index of the GPU, from 0; ignored with several processes")
     add("--ngpu", type=count, default=1, help="processes, with a GPU each if --cuda (default: 1)")
-    add("--workers", type=count, help="processes that decode, on first use (default: one a core)")
-    add("--amp", action=Switch, default=False,
+    add("--workers", type=number(int, 0), help="processes that decode, on first use; 0 decodes in "
+        "this one (default: one a core)")
+    add("--amp", **switch,
         help="run encoder and decoder in bfloat16; weights and penalties stay in float32")
-    add("--compile", action=Switch, default=False, help="compile encoder, decoder and the MMD")
+    add("--compile", **switch, help="compile encoder, decoder and the MMD")
+    add("--graph", **switch | {"default": True}, help="on one GPU, record the training step as a "
+        "CUDA graph; --no-graph to debug it (default: True)")
     # fmt: on
     return parser
 
 
-def as_arguments(stored: dict[str, Any]) -> Iterator[str]:
-    """The flags of a checkpoint as one would type them, but for those of a single command."""
-    for name, value in stored.items():
-        if name in PER_COMMAND:
-            continue
-        if isinstance(value, bool):
-            yield f"--{name}" if value else f"--no-{name}"
-        elif value is not None:
-            yield f"--{name}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
-
-
 def get_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | None]:
-    """The flags, and the checkpoint to continue from or to evaluate, if there is one.
+    """The flags, and the checkpoint to continue from, to evaluate or to sample, if there is one.
 
     Raises:
         UsageError: flags that are wrong, contradict each other, or contradict the checkpoint.
@@ -232,25 +232,34 @@ def get_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | Non
     parser = get_parser()
     flags = complete(parser.parse_args(argv))
     here = flags.outf / CHECKPOINT
-    path = flags.checkpoint or here
-    if not path.exists() and not flags.checkpoint and not flags.evaluate:
+    source, trains = flags.checkpoint or here, not (flags.evaluate or flags.generate)
+    if trains and not flags.checkpoint and not here.exists():
         return check(flags), None
-    checkpoint = utils.load_checkpoint(path)
+    checkpoint = utils.load_checkpoint(source, "flags", "net", "step", "images", "n_train")
     stored = checkpoint["flags"]
-    if flags.checkpoint or flags.evaluate:
-        try:
-            # Typed flags come later, and so they win.
-            flags = complete(parser.parse_args([*as_arguments(stored), *argv]))
-        except UsageError as error:
-            raise UserError(f"{path}: not a checkpoint of this program: {error}") from None
-    if not flags.evaluate:
-        differ = [name for name in FIXED if getattr(flags, name) != stored.get(name)]
-        if differ:
-            pairs = ", ".join(f"--{k}={getattr(flags, k)} (there: {stored.get(k)})" for k in differ)
-            raise UsageError(f"{path} is of a run with other flags: {pairs}; choose another --outf")
-        if here.exists() and not path.samefile(here):
-            raise UsageError(f"--outf={flags.outf} holds a run already; choose another")
-    return check(flags), checkpoint
+    if flags.checkpoint or not trains:
+        kept = (vars(flags).keys() - NOT_KEPT) & stored.keys()
+        parser.set_defaults(**{name: stored[name] for name in kept})
+        flags = complete(parser.parse_args(argv))  # what is typed wins
+    try:
+        check(flags)
+    except UsageError as error:
+        raise UsageError(f"{error} (flags that were not typed are those of {source})") from None
+    if not trains:
+        return flags, checkpoint
+    differ = [k for k, v in vars(flags).items() if k not in MAY_CHANGE and v != stored.get(k)]
+    if differ:
+        pairs = ", ".join(
+            f"--{k}={getattr(flags, k)} (checkpoint: {stored.get(k)})" for k in differ
+        )
+        raise UsageError(
+            f"{source} was trained with different flags: {pairs}; choose another --outf"
+        )
+    if "optimizer_net" not in checkpoint:
+        raise UserError(f"{source} has no optimiser states: it can be evaluated, not continued")
+    if here.exists() and not source.samefile(here):
+        raise UsageError(f"--outf={flags.outf} holds a run already; choose another")
+    return flags, checkpoint
 
 
 def complete(flags: argparse.Namespace) -> argparse.Namespace:
@@ -259,20 +268,27 @@ def complete(flags: argparse.Namespace) -> argparse.Namespace:
         if getattr(flags, name) is None:
             setattr(flags, name, value)
     flags.lr_adv = flags.lr_adv or 3 * flags.lr
-    flags.workers = flags.workers or utils.n_cores()
+    flags.workers = utils.n_cores() if flags.workers is None else flags.workers
     flags.outf = flags.outf or (flags.checkpoint.parent if flags.checkpoint else Path("outputs"))
     return flags
 
 
 def check(flags: argparse.Namespace) -> argparse.Namespace:
     """The flags. Raises UsageError where they contradict each other or this machine."""
-    if flags.dataroot is None:
+    if flags.dataroot is None and not flags.generate:
         raise UsageError("--dataroot is required: the folder with the folders of images")
-    if flags.outf.resolve().is_relative_to(flags.dataroot.resolve()):
-        raise UsageError(
-            f"--outf={flags.outf} is inside --dataroot={flags.dataroot}: its pictures would become "
-            "training images; choose another"
-        )
+    if not flags.generate:
+        outf, dataroot = flags.outf.resolve(), flags.dataroot.resolve()
+        if outf.is_relative_to(dataroot):
+            raise UsageError(
+                f"--outf={flags.outf} is inside --dataroot={flags.dataroot}: its pictures would "
+                "become training images; choose another"
+            )
+        if dataroot.is_relative_to(outf / "eval"):
+            raise UsageError(
+                f"--dataroot={flags.dataroot} is inside --outf={flags.outf}, where an evaluation "
+                "would replace it; choose another --outf"
+            )
     if flags.mode == "vae" and flags.noise != "gaussian":
         raise UsageError(f"--noise={flags.noise}: --mode=vae needs --noise=gaussian")
     if flags.nowozin_trick and flags.mode != "gan":
@@ -283,16 +299,10 @@ def check(flags: argparse.Namespace) -> argparse.Namespace:
         raise UsageError("--tensorboard: TensorBoard is not installed; pip install tensorboard")
     if flags.fid and importlib.util.find_spec("pytorch_fid") is None:
         raise UsageError("--fid: pytorch-fid is not installed; pip install pytorch-fid")
-    compilers = (os.environ.get("CXX", "g++"), "c++", "clang++")
-    if flags.compile and not any(map(shutil.which, compilers)):
-        raise UsageError("--compile needs a C++ compiler, and there is none here")
-    launched = utils.started_by_torchrun()
-    flag, here = "--ngpu", flags.ngpu
-    if launched:
-        flag, here = "--nproc_per_node", int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    n_gpus = torch.cuda.device_count()
-    if flags.cuda and here > max(1, n_gpus):
-        raise UsageError(f"{flag}={here}: there are {n_gpus} GPUs here")
+    launched = torch.distributed.is_torchelastic_launched()
+    here = int(os.environ["LOCAL_WORLD_SIZE"]) if launched else flags.ngpu
+    if flags.cuda and here > max(1, n_gpus := torch.cuda.device_count()):
+        raise UsageError(f"{here} processes with --cuda: there are {n_gpus} GPUs here")
     size = int(os.environ["WORLD_SIZE"]) if launched else flags.ngpu
     if flags.batch_size % size or flags.batch_size < 2 * size:
         raise UsageError(f"--batch_size={flags.batch_size} cannot be shared by {size} processes")
@@ -303,20 +313,42 @@ def check(flags: argparse.Namespace) -> argparse.Namespace:
 # The training step
 
 
+class Data(NamedTuple):
+    """Images for training and for testing, uint8 (N, S, S, C).
+
+    `names` are the paths of the test images in --dataroot, `digest` stands for all images.
+    """
+
+    train: Images
+    test: Images
+    names: list[str]
+    digest: str
+
+
+def build_network(flags: argparse.Namespace) -> model.AutoEncoder:
+    """The auto-encoder that the flags describe."""
+    shape = (flags.image_size, flags.channels, flags.nz, flags.nf, flags.arch, flags.noise)
+    return model.AutoEncoder(*shape, symmetric=flags.input_normalize_sym)
+
+
 class Run:
-    """Networks and optimisers of a run, which a checkpoint keeps, and how its flags use them."""
+    """What a checkpoint keeps: networks, optimisers, and how far the training is."""
 
     def __init__(self, flags: argparse.Namespace, world: World):
-        self.flags, self.world = flags, world
-        symmetric = flags.input_normalize_sym
+        self.flags, self.world, self.amp = flags, world, flags.amp
+        if self.amp and world.device.type == "cpu" and not utils.cpu_has_bfloat16():
+            utils.warn(
+                "--amp: without bfloat16 instructions this CPU is faster in float32, used now"
+            )
+            self.amp = False
+        self.step, self.best, self.log = 0, math.inf, ""
+        self.best_state: dict[str, Any] | None = None  # until the next checkpoint is written
         utils.set_seed(flags.seed, "weights")
-        self.net: nn.Module = model.AutoEncoder(
-            flags.image_size, flags.nz, flags.nf, flags.arch, flags.noise, symmetric
-        )
+        self.net: nn.Module = build_network(flags)
         self.networks = {"net": self.net}
         if flags.mode == "gan":
-            trick = {"pz_scale": flags.pz_scale} if flags.nowozin_trick else {}
-            self.networks["discriminator"] = model.Discriminator(flags.nz, **trick)
+            scale = flags.pz_scale if flags.nowozin_trick else None
+            self.networks["discriminator"] = model.Discriminator(flags.nz, prior_scale=scale)
         if flags.cuda and world.size > 1:
             self.net = self.networks["net"] = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
         # Channels last is how images lie in memory, and the faster layout for convolutions.
@@ -324,94 +356,112 @@ class Run:
             network.to(world.device, memory_format=torch.channels_last)
         self.discriminator = self.networks.get("discriminator")
 
-        self.rates = {"net": flags.lr, "discriminator": flags.lr_adv}
+        # What a step calls: the same networks, for several processes and compiled.
+        gpus = [world.device.index] if flags.cuda else None
+        several = partial(DistributedDataParallel, device_ids=gpus)
+        ddp = {k: several(net) if world.size > 1 else net for k, net in self.networks.items()}
+        self.ddp_net, self.ddp_discriminator = ddp["net"], ddp.get("discriminator")
+        self.exact_mmd, self.sampled_mmd = model.exact_mmd, model.sampled_mmd
+        if flags.compile:
+            self.ddp_net = torch.compile(self.ddp_net)
+            self.exact_mmd = torch.compile(self.exact_mmd)
+            self.sampled_mmd = torch.compile(self.sampled_mmd)
+
+        self.rates, self.rate_factor = {"net": flags.lr, "discriminator": flags.lr_adv}, 1.0
         self.optimizers = {
             name: self.adam(network, self.rates[name]) for name, network in self.networks.items()
         }
 
     def adam(self, network: nn.Module, lr: float) -> torch.optim.Adam:
-        """The optimiser of the paper, for the weights of a network."""
+        """The optimiser of the paper, for the weights of a network.
+
+        Its rate is a tensor on the device, from which a recorded step reads it.
+        """
+        device, betas = self.world.device, (self.flags.beta1, 0.999)
+        rate, capturable = torch.tensor(lr, device=device), device.type == "cuda"
         return torch.optim.Adam(
-            network.parameters(), lr=lr, betas=(self.flags.beta1, 0.999), fused=True
+            network.parameters(), lr=rate, betas=betas, fused=True, capturable=capturable
         )
 
-    def wrap(self) -> None:
-        """Prepares the step functions for several processes and compilation."""
-        gpus = [self.world.device.index] if self.flags.cuda else None
-        several = partial(DistributedDataParallel, device_ids=gpus)
-        wrapped = {
-            name: several(network) if self.world.size > 1 else network
-            for name, network in self.networks.items()
-        }
-        compiled: Callable = torch.compile if self.flags.compile else lambda function: function
-        self.step_net = compiled(wrapped["net"])
-        self.step_discriminator = wrapped.get("discriminator")
-        self.mmd_penalty = compiled(model.mmd_penalty)
-
     def set_learning_rates(self, factor: float) -> float:
-        """Sets the rates to so many times their flags. Returns that of encoder and decoder."""
-        for name, optimizer in self.optimizers.items():
-            optimizer.param_groups[0]["lr"] = self.rates[name] * factor
+        """Sets the rates to `factor` times their flags. Returns that of encoder and decoder."""
+        if factor != self.rate_factor:
+            for name, optimizer in self.optimizers.items():
+                optimizer.param_groups[0]["lr"].fill_(self.rates[name] * factor)
+            self.rate_factor = factor
         return self.rates["net"] * factor
 
     def autocast(self) -> AbstractContextManager:
-        """Where the networks run: in bfloat16 with --amp."""
-        if not self.flags.amp:
+        """Autocast context of the networks: bfloat16 with --amp."""
+        if not self.amp:
             return nullcontext()
         return torch.autocast(self.world.device.type, torch.bfloat16)
 
+    @property
+    def needs_prior(self) -> bool:
+        """Whether a step takes samples of the prior."""
+        return self.flags.mode == "gan" or (self.flags.mode, self.flags.mmd) == ("mmd", "sampled")
+
     def sample_prior(self, n: int) -> Tensor:
-        """Draws of the prior, (n, nz)."""
+        """Samples of the prior, (n, nz)."""
         return model.sample_prior(n, self.flags.nz, self.flags.pz_scale, self.world.device)
 
     def to_input(self, batch: Tensor) -> Tensor:
-        """uint8 images (n, S, S, 3) as the encoder takes them, (n, 3, S, S)."""
+        """uint8 images (n, S, S, C) as the encoder takes them, (n, C, S, S)."""
         return utils.from_uint8(batch, self.flags.input_normalize_sym)
 
     @torch.no_grad()
     def encode(self, batch: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Codes and log variances (n, nz) of uint8 images (n, S, S, 3), in evaluation mode."""
+        """Codes and log variances (n, nz) of uint8 images (n, S, S, C), in evaluation mode."""
         with self.autocast():
             mean, log_variance = self.net.eval().encoder(self.to_input(batch))
             return model.draw_code(mean, log_variance), log_variance
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Images (n, 3, S, S) in [0, 1] of codes (n, nz), in evaluation mode."""
+        """Images (n, C, S, S) in [0, 1] of codes (n, nz), in evaluation mode."""
         with self.autocast():
             images = self.net.eval().decoder(codes.float()).float()
             return images / 2 + 0.5 if self.flags.input_normalize_sym else images
 
-    def state_dict(self) -> dict[str, Any]:
-        """Weights and moments, by name."""
-        networks = {name: network.state_dict() for name, network in self.networks.items()}
-        return networks | {
-            f"optimizer_{name}": optimizer.state_dict()
-            for name, optimizer in self.optimizers.items()
+    def weights(self) -> dict[str, Any]:
+        """The states of the networks, by name."""
+        return {name: network.state_dict() for name, network in self.networks.items()}
+
+    def moments(self) -> dict[str, Any]:
+        """The states of the optimisers, by name."""
+        return {
+            f"optimizer_{k}": optimizer.state_dict() for k, optimizer in self.optimizers.items()
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copies weights and moments. Raises UserError if they do not fit or are not finite."""
+        """Copies what a checkpoint keeps. Raises UserError if it does not fit or is not finite."""
         name = ""
         try:
+            self.step = state["step"]
+            self.best, self.log = state.get("best", math.inf), state.get("log", "")
             for name, network in self.networks.items():
-                network.load_state_dict(state[name])
-                if not self.flags.evaluate:
-                    utils.load_adam(self.optimizers[name], state[f"optimizer_{name}"])
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+                if name in state:
+                    network.load_state_dict(state[name])
+                if moments := state.get(f"optimizer_{name}"):
+                    # The rates stay: they are tensors on this device.
+                    groups = self.optimizers[name].state_dict()["param_groups"]
+                    self.optimizers[name].load_state_dict(moments | {"param_groups": groups})
+        except (RuntimeError, ValueError) as error:
             raise UserError(f"the checkpoint's {name} does not fit its flags") from error
-        if not utils.weights_are_sound(self.networks.values()):
-            raise UserError("the checkpoint's weights are not finite")
+        if not utils.weights_are_sound(self.weights()):
+            raise UserError("the checkpoint's weights are not finite, or above 1e6")
 
 
-def train_step(run: Run, x: Tensor, prior: Tensor) -> Tensor:
+def train_step(run: Run, x: Tensor, prior: Tensor | None = None) -> Tensor:
     """One step of Algorithm 1 (gan) or 2 (mmd) of the paper, or of a VAE.
 
     Does not wait for the GPU, except where batch norm is synchronised.
 
     Args:
-        x: this process's images x_1 ... x_n of the batch, (n, 3, S, S).
-        prior: draws z_1 ... z_N of the prior for the batch of all processes, (N, nz).
+        x: this process's images x_1 ... x_n of the batch, (n, C, S, S).
+        prior: samples z_1 ... z_N of the prior for the batch of all processes, (N, nz), if
+            `run.needs_prior`.
 
     Returns:
         Reconstruction cost, penalty and the discriminator's loss, (3,).
@@ -419,25 +469,29 @@ def train_step(run: Run, x: Tensor, prior: Tensor) -> Tensor:
     flags, world = run.flags, run.world
     with run.autocast():
         # z~_i from Q(Z|x_i): the one encoding that all of the step shares.
-        y, codes, mean, log_variance = run.step_net(x)
+        y, codes, mean, log_variance = run.ddp_net(x)
     loss_d = torch.zeros((), device=x.device)
 
     if flags.mode == "gan":
         # Algorithm 1: update D by ascending LAMBDA/n sum_i log D(z_i) + log(1 - D(z~_i)) ...
         z = prior.chunk(world.size)[world.rank]
         both = torch.cat([z, codes.detach()])
-        logits_prior, logits_codes = run.step_discriminator(both).chunk(2)
-        loss_d = flags.LAMBDA * model.discriminator_loss(logits_prior, logits_codes)
+        logits_prior, logits_codes = run.ddp_discriminator(both).chunk(2)
+        loss_d = model.discriminator_loss(logits_prior, logits_codes)
         run.optimizers["discriminator"].zero_grad()
-        loss_d.backward()
+        (flags.LAMBDA * loss_d).backward()
         run.optimizers["discriminator"].step()
         # ... and Q and G by descending 1/n sum_i c(x_i, G(z~_i)) - LAMBDA log D(z~_i).
         penalty = model.gan_penalty(run.discriminator, codes)
     elif flags.mode == "mmd":
-        # Algorithm 2: update Q and G by descending 1/n sum_i c(x_i, G(z~_i)) + LAMBDA MMD^2(z, z~).
+        # Algorithm 2: update Q and G by descending 1/n sum_i c(x_i, G(z~_i)) + LAMBDA MMD^2(z, z~),
+        # where the expectation over z replaces the samples z_i unless --mmd=sampled.
         all_codes = utils.gather(codes, world)
-        kernel = (flags.kernel, flags.pz_scale, flags.imq_scales, flags.quadratic)
-        penalty = run.mmd_penalty(all_codes, prior, *kernel)
+        kernel = model.Kernel(flags.kernel, flags.pz_scale, flags.imq_scales, flags.quadratic)
+        if flags.mmd == "exact":
+            penalty = run.exact_mmd(all_codes, kernel)
+        else:
+            penalty = run.sampled_mmd(all_codes, prior, kernel)
     else:
         # VAE: update Q and G by descending 1/n sum_i c(x_i, G(z~_i)) + LAMBDA KL(Q(Z|x_i) || P_Z).
         penalty = model.kl_divergence(mean, log_variance, flags.pz_scale)
@@ -452,7 +506,7 @@ def train_step(run: Run, x: Tensor, prior: Tensor) -> Tensor:
 def pretrain_encoder(run: Run, images: Images) -> None:
     """Trains the encoder alone until its codes have the prior's mean and covariance.
 
-    It stops when the loss is what as many draws of the prior would score, or after
+    It stops when the loss is what the same number of prior samples would score, or after
     --e_pretrain_iters steps.
     """
     flags, n = run.flags, run.flags.e_pretrain_sample_size
@@ -460,12 +514,8 @@ def pretrain_encoder(run: Run, images: Images) -> None:
     rng = np.random.default_rng([flags.seed, 2**32])  # no epoch has this number
     indices = (rng.integers(len(images), size=n) for _ in range(flags.e_pretrain_iters))
     target = model.pretrain_floor(n, flags.nz, flags.pz_scale)
-    bar = tqdm(
-        utils.batches(images, indices, run.world.device),
-        desc="pretraining",
-        total=flags.e_pretrain_iters,
-        disable=not run.world.is_main,
-    )
+    batches = utils.batches(images, indices, run.world.device)
+    bar = utils.progress(batches, "pretraining", flags.e_pretrain_iters)
     for step, batch in enumerate(bar):
         utils.set_seed(flags.seed, "pretrain", step)
         with run.autocast():
@@ -486,11 +536,12 @@ def pretrain_encoder(run: Run, images: Images) -> None:
 # Training
 
 
-def learning_rate_factor(epoch: int, schedule: str, niter: int) -> float:
-    """What the rates are multiplied by in an epoch, counted from 0 (the paper's appendix)."""
-    if schedule == "scaled":
-        epoch = epoch * PAPER_EPOCHS // niter  # where the paper's run would be
-    if schedule == "constant" or epoch < 30:
+def learning_rate_factor(step: int, per_epoch: int, flags: argparse.Namespace) -> float:
+    """What the rates are multiplied by at a step, counted from 0 (the paper's appendix)."""
+    epoch = step // per_epoch
+    if flags.lr_schedule == "scaled":
+        epoch = PAPER_EPOCHS * step / (flags.niter * per_epoch)  # where the paper's run would be
+    if flags.lr_schedule == "constant" or epoch < 30:
         return 1.0
     return 0.5 if epoch < 50 else 0.1 if epoch < 100 else 0.01
 
@@ -509,95 +560,82 @@ def batch_indices(n_images: int, steps: range, flags: argparse.Namespace, world:
         yield batch.reshape(world.size, -1)[world.rank]
 
 
-def check_finite(values: Tensor, first_step: int, names: Iterable[str]) -> None:
-    """Raises UserError, naming value and step, if one of values (steps, names) is not finite."""
-    for step, row in enumerate(values.tolist(), first_step):
-        for name, value in zip(names, row, strict=True):
-            if not math.isfinite(value):
-                raise UserError(f"{name} is {value} at step {step}; {DIVERGED}")
+def check_finite(step: int, values: dict[str, float]) -> None:
+    """Raises UserError, naming value and step, if a value is not finite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(f"{name} is {value} at step {step}; {DIVERGED_HINT}")
 
 
-def train(run: Run, images: Images, test: Images, data: dict, checkpoint: dict | None) -> int:
-    """Trains to the last epoch. Returns 0, or the number of the signal that ended it early.
-
-    Args:
-        images, test: training and held-out images, uint8 (N, S, S, 3).
-        data: what identifies the images, for the checkpoint.
-        checkpoint: where to continue, None for a new run.
-    """
+def train(run: Run, data: Data) -> int:
+    """Trains to the last epoch. Returns 0, or the number of the signal that ended it early."""
     flags, world = run.flags, run.world
-    per_epoch = len(images) // flags.batch_size
-    start, end = checkpoint["step"] if checkpoint else 0, flags.niter * per_epoch
-    best, text = (checkpoint["best"], checkpoint["log"]) if checkpoint else (math.inf, "")
-    log = start_log(run, images, text, start) if world.is_main else None
-    if flags.e_pretrain and not checkpoint:
-        pretrain_encoder(run, images)
-    run.wrap()
+    log = start_log(run, data.train) if utils.is_main() else None
+    if flags.e_pretrain and run.step == 0:
+        pretrain_encoder(run, data.train)
+    per_epoch = len(data.train) // flags.batch_size
+    start, end = run.step, flags.niter * per_epoch
+    indices = batch_indices(len(data.train), range(start, end), flags, world)
+    batches = utils.batches(data.train, indices, world.device)
+    bar = utils.progress(batches, "", end, initial=start, unit="step")
 
-    stop, stopping, losses, clock = utils.Stop(), 0, [], time.perf_counter()
-    indices = batch_indices(len(images), range(start, end), flags, world)
-    batches = utils.batches(images, indices, world.device)
-    bar = tqdm(batches, initial=start, total=end, unit="step", disable=not world.is_main)
-    for step, batch in enumerate(bar, start):
-        epoch = step // per_epoch
-        lr = run.set_learning_rates(learning_rate_factor(epoch, flags.lr_schedule, flags.niter))
+    def step(batch: Tensor, *prior: Tensor) -> Tensor:
+        return train_step(run, run.to_input(batch), *prior)
 
+    if flags.graph and flags.cuda and world.size == 1:
+        step = utils.Recorded(step)
+    stop, signum, losses = utils.Stop(), 0, []
+    clock = saved = time.perf_counter()
+    for batch in bar:
+        epoch = run.step // per_epoch + 1
+        lr = run.set_learning_rates(learning_rate_factor(run.step, per_epoch, flags))
         # Randomness is a function of seed, purpose and step: a resumed run repeats a whole one.
-        utils.set_seed(flags.seed, "prior", step)  # the same draws in every process ...
-        prior = run.sample_prior(flags.batch_size)
-        utils.set_seed(flags.seed, "noise", step, world.rank)  # ... but noise of its own
+        prior = ()
+        if run.needs_prior:
+            utils.set_seed(flags.seed, "prior", run.step)  # the same samples in every process ...
+            prior = (run.sample_prior(flags.batch_size),)
+        utils.set_seed(flags.seed, "noise", run.step, world.rank)  # ... but noise of its own
         run.net.train()
-        losses.append(train_step(run, run.to_input(batch), prior))
+        losses.append(step(batch, *prior))
+        run.step += 1
 
-        done = step + 1
-        epoch_ends, printing = done % per_epoch == 0, done % flags.print_every == 0
+        epoch_ends, printing = run.step % per_epoch == 0, run.step % flags.print_every == 0
         if printing or epoch_ends:
-            check_finite(torch.stack(losses), done - len(losses) + 1, LOSSES)
+            for i, row in enumerate(torch.stack(losses).tolist(), run.step - len(losses) + 1):
+                check_finite(i, dict(zip(LOSSES, row, strict=True)))
+            # Of the last step alone, so that the log of a resumed run has the same bits.
             means = utils.average(losses[-1], world).tolist()
             speed = len(losses) * flags.batch_size / (time.perf_counter() - clock)
-            losses = []
             if log and printing:
                 used = dict(zip(LOSSES, means if flags.mode == "gan" else means[:2], strict=False))
-                log.add(epoch=epoch + 1, step=done, **used, lr=lr, images_per_s=round(speed, 1))
-                bar.set_description(f"epoch {epoch + 1}/{flags.niter}", refresh=False)
+                log.add(epoch=epoch, step=run.step, **used, lr=lr, images_per_s=round(speed, 1))
+                bar.set_description(f"epoch {epoch}/{flags.niter}", refresh=False)
                 bar.set_postfix({k: f"{v:.4g}" for k, v in used.items()}, refresh=False)
-            clock = time.perf_counter()
         # Several processes agree on a signal where they wait for each other anyway.
         if world.size == 1 or printing or epoch_ends:
-            stopping = stop.agreed(world)
-
+            signum = stop.agreed(world)
         if epoch_ends:
-            refresh_batch_norm(run, images, BATCH_NORM_BATCHES)
-        if epoch_ends and log:
-            metrics, _ = test_metrics(run, test)
-            check_finite(torch.tensor([list(metrics.values())]), done, metrics)
-            log.add(epoch=epoch + 1, step=done, **metrics)
-            shown = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            tqdm.write(f"epoch {epoch + 1}: {shown}")
-            if (epoch + 1) % flags.sample_every == 0 or done == end:
-                for name, picture in sample_grids(run, test).items():
-                    utils.save_picture(flags.outf / f"{name}_epoch_{epoch + 1:03d}.png", picture)
-                    log.add_picture(name, picture, done)
-            if metrics["test_mse"] < best:
-                best = metrics["test_mse"]
-                save(run, done, best, log, data, "model_best.pth.tar")
-            clock = time.perf_counter()
-        if log and (epoch_ends or stopping):
+            refresh_batch_norm(run, data.train, None if run.step == end else BATCH_NORM_BATCHES)
+            if log:
+                end_epoch(run, log, data, epoch, last=run.step == end)
+        due = run.step == end or time.perf_counter() - saved >= flags.checkpoint_every
+        if log and (signum or (epoch_ends and due)):
             # Last, so that a checkpoint vouches for all that was written before it.
-            save(run, done, best, log, data, CHECKPOINT)
-        if stopping:
+            save(run, log, data)
+            saved = time.perf_counter()
+        if printing or epoch_ends:
+            losses, clock = [], time.perf_counter()
+        if signum:
+            utils.warn(f"stopped after step {run.step} of {end}; the same command continues")
             break
-
     bar.close()
     stop.close()
     if log:
         log.close()
-    if stopping:
-        utils.warn(f"stopped after step {done} of {end}; the same command continues")
-    return stopping
+    return signum
 
 
-def start_log(run: Run, images: Images, text: str, step: int) -> utils.Log:
+def start_log(run: Run, images: Images) -> utils.Log:
     """The log, after writing the flags of the run and a picture of training images."""
     flags = run.flags
     stored = {k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items()}
@@ -605,18 +643,47 @@ def start_log(run: Run, images: Images, text: str, step: int) -> utils.Log:
     indices = [utils.epoch_order(len(images), flags.seed, 0)[:64]]
     sample = utils.from_uint8(next(utils.batches(images, indices, run.world.device)), False)
     utils.save_picture(flags.outf / "real_samples.png", utils.grid(sample, columns=8))
-    return utils.Log(flags.outf, COLUMNS, text, step, flags.tensorboard)
+    return utils.Log(flags.outf, COLUMNS, run.log, run.step, flags.tensorboard)
 
 
-def save(run: Run, step: int, best: float, log: utils.Log, data: dict, name: str) -> None:
-    """Writes all that is needed to continue. Raises UserError if the weights are not finite."""
-    if not utils.weights_are_sound(run.networks.values()):
-        raise UserError(f"the weights are not finite at step {step}; {DIVERGED}")
-    flags = {k: v for k, v in vars(run.flags).items() if k not in PER_COMMAND}
-    flags["dataroot"] = str(run.flags.dataroot.resolve())  # it may continue from another folder
-    flags["cache_dir"] = run.flags.cache_dir and str(run.flags.cache_dir.resolve())
-    state = {"flags": flags, "step": step, "best": best, "log": log.text} | data
-    utils.save_checkpoint(run.flags.outf / name, state | run.state_dict())
+def end_epoch(run: Run, log: utils.Log, data: Data, epoch: int, last: bool) -> None:
+    """Logs the metrics of an epoch, draws its pictures, and keeps the best weights so far."""
+    metrics, _, _ = test_metrics(run, data.test)
+    check_finite(run.step, metrics)
+    log.add(epoch=epoch, step=run.step, **metrics)
+    tqdm.write(f"epoch {epoch}: " + ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+    if epoch % run.flags.sample_every == 0 or last:
+        for name, picture in sample_grids(run, data.test).items():
+            utils.save_picture(run.flags.outf / f"{name}_epoch_{epoch:03d}.png", picture)
+            log.add_picture(name, picture, run.step)
+    if metrics["test_mse"] < run.best:
+        run.best = metrics["test_mse"]
+        weights = {k: {n: t.clone() for n, t in v.items()} for k, v in run.weights().items()}
+        run.best_state = header(run, data) | weights
+
+
+def header(run: Run, data: Data) -> dict[str, Any]:
+    """What a checkpoint has besides weights and log."""
+    flags = {k: v for k, v in vars(run.flags).items() if k not in NOT_KEPT}
+    for name in ("dataroot", "cache_dir"):  # absolute, since a run may continue from elsewhere
+        flags[name] = flags[name] and str(flags[name].resolve())
+    counts = {"step": run.step, "best": run.best}
+    return {"flags": flags, "images": data.digest, "n_train": len(data.train)} | counts
+
+
+def save(run: Run, log: utils.Log, data: Data) -> None:
+    """Writes the best weights, if they are new, and then all that is needed to continue.
+
+    Raises:
+        UserError: the weights are not finite, or a file cannot be written.
+    """
+    state = header(run, data) | {"log": log.text} | run.weights() | run.moments()
+    for name, content in ((BEST, run.best_state), (CHECKPOINT, state)):
+        if content and not utils.weights_are_sound(content):
+            raise UserError(f"the weights diverged before step {run.step}; {DIVERGED_HINT}")
+        if content:
+            utils.save_checkpoint(run.flags.outf / name, content)
+    run.best_state = None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -624,7 +691,7 @@ def save(run: Run, step: int, best: float, log: utils.Log, data: dict, name: str
 
 
 def refresh_batch_norm(run: Run, images: Images, n_batches: int | None = None) -> None:
-    """Re-estimates the statistics of batch norm from so many training batches, or from all.
+    """Re-estimates the statistics of batch norm from `n_batches` training batches (default: all).
 
     Those kept while training lag behind the weights.
     """
@@ -632,16 +699,20 @@ def refresh_batch_norm(run: Run, images: Images, n_batches: int | None = None) -
     indices = np.array_split(order, max(1, len(order) // run.flags.batch_size))[:n_batches]
     if run.flags.cuda:  # batch norm is synchronised, so each process takes its share
         indices = [index[run.world.rank :: run.world.size] for index in indices]
-    if len(order) > 1:  # batch norm needs two images
-        utils.set_seed(run.flags.seed, "batch norm", run.world.rank)
-        batches = utils.batches(images, indices, run.world.device)
-        with torch.no_grad(), run.autocast():
-            update_bn((run.to_input(batch) for batch in batches), run.net)
+    utils.set_seed(run.flags.seed, "batch norm", run.world.rank)
+    batches = utils.batches(images, indices, run.world.device)
+    with torch.no_grad(), run.autocast():
+        update_bn((run.to_input(batch) for batch in batches), run.net)
 
 
-def in_order(run: Run, images: Images) -> Iterator[Tensor]:
+def eval_batch(run: Run) -> int:
+    """Images that are encoded or decoded at a time; on a GPU more, which is faster."""
+    return max(run.flags.batch_size, GPU_BATCH if run.flags.cuda else 0)
+
+
+def batches_in_order(run: Run, images: Images) -> Iterator[Tensor]:
     """Batches of uint8 images, from the first image to the last."""
-    n = run.flags.batch_size
+    n = eval_batch(run)
     indices = np.split(np.arange(len(images)), range(n, len(images), n))
     return utils.batches(images, indices, run.world.device)
 
@@ -649,16 +720,17 @@ def in_order(run: Run, images: Images) -> Iterator[Tensor]:
 def encode_all(run: Run, images: Images) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """The same batches, with their codes and log variances (n, nz)."""
     utils.set_seed(run.flags.seed, "encode")  # a Gaussian encoder draws the same codes every time
-    return ((batch, *run.encode(batch)) for batch in in_order(run, images))
+    return ((batch, *run.encode(batch)) for batch in batches_in_order(run, images))
 
 
-def test_metrics(run: Run, images: Images) -> tuple[dict[str, float], Tensor]:
-    """Metrics of held-out images, and their codes (N, nz).
+@torch.no_grad()
+def test_metrics(run: Run, images: Images) -> tuple[dict[str, float], Tensor, Tensor]:
+    """Metrics of held-out images, their codes (N, nz), and the squared error of each (N,).
 
     test_mse is the mean squared error of reconstructions, for pixels in [0, 1]. test_mmd and
-    test_w2 are distances of the codes from the prior: `model.mmd_to_prior`, `model.gaussian_w2`.
-    The eigenvalues are the extreme ones of the codes' covariance. noise_variance is the mean
-    variance that a Gaussian encoder gives.
+    test_w2 are distances of the codes from the prior: `model.exact_mmd` with the IMQ kernel, and
+    `model.gaussian_w2`. The eigenvalues are the extreme ones of the codes' covariance.
+    noise_variance is the mean variance that a Gaussian encoder gives. One image has an error only.
     """
     errors, codes, variances = [], [], []
     for batch, code, log_variance in encode_all(run, images):
@@ -667,23 +739,38 @@ def test_metrics(run: Run, images: Images) -> tuple[dict[str, float], Tensor]:
         codes.append(code)
         if log_variance is not None:
             variances.append(log_variance.exp().mean(1))
-    codes = torch.cat(codes)
+    codes, errors = torch.cat(codes), torch.cat(errors)
     if not codes.isfinite().all():
-        raise UserError(f"the codes are not finite; {DIVERGED}")
-    eigenvalues, _ = model.covariance_eigenvalues(codes)
-    metrics = {
-        "test_mse": torch.cat(errors).mean(),
-        "test_mmd": model.mmd_to_prior(codes, run.flags.pz_scale),
-        "test_w2": model.gaussian_w2(codes, run.flags.pz_scale),
-        "eigenvalue_min": eigenvalues[0],
-        "eigenvalue_max": eigenvalues[-1],
-    }
+        raise UserError(f"the codes are not finite; {DIVERGED_HINT}")
+    metrics = {"test_mse": errors.mean()}
+    if len(codes) > 1:
+        eigenvalues, _ = model.covariance_eigenvalues(codes)
+        pz_scale = run.flags.pz_scale
+        metrics |= {
+            "test_mmd": model.exact_mmd(codes, model.Kernel(pz_scale=pz_scale)),
+            "test_w2": model.gaussian_w2(codes, pz_scale),
+            "eigenvalue_min": eigenvalues[0],
+            "eigenvalue_max": eigenvalues[-1],
+        }
     if variances:
         metrics["noise_variance"] = torch.cat(variances).mean()
-    return {name: value.item() for name, value in metrics.items()}, codes
+    return {name: value.item() for name, value in metrics.items()}, codes, errors
 
 
-def sample_grids(run: Run, images: Images) -> dict[str, Any]:
+def prior_metrics(run: Run, n: int, sets: int = 20) -> dict[str, float]:
+    """What as many samples of the prior score: the spread of test_w2, the extreme eigenvalues."""
+    utils.set_seed(run.flags.seed, "prior metrics")
+    samples = [run.sample_prior(n) for _ in range(sets)]
+    w2 = torch.stack([model.gaussian_w2(z, run.flags.pz_scale) for z in samples])
+    eigenvalues = torch.stack([model.covariance_eigenvalues(z)[0] for z in samples]).mean(0)
+    return {
+        "test_w2_std_of_prior": w2.std().item(),
+        "eigenvalue_min_of_prior": eigenvalues[0].item(),
+        "eigenvalue_max_of_prior": eigenvalues[-1].item(),
+    }
+
+
+def sample_grids(run: Run, images: Images) -> dict[str, Image.Image]:
     """Pictures of samples, from always the same codes, and of held-out images and paths."""
     utils.set_seed(run.flags.seed, "pictures")
     samples = run.decode(run.sample_prior(64))
@@ -702,8 +789,8 @@ def sample_grids(run: Run, images: Images) -> dict[str, Any]:
     }
 
 
-def plot_codes(run: Run, codes: Tensor) -> Any:
-    """Codes (N, nz) and prior draws in the plane of the extreme eigenvectors of the covariance."""
+def plot_codes(run: Run, codes: Tensor) -> Image.Image:
+    """Codes (N, nz) and prior samples in the plane of the covariance's extreme eigenvectors."""
     _, vectors = model.covariance_eigenvalues(codes)
     plane = vectors[:, [0, -1]].float()
     utils.set_seed(run.flags.seed, "plot")
@@ -711,67 +798,135 @@ def plot_codes(run: Run, codes: Tensor) -> Any:
     return utils.scatter(*((cloud @ plane).cpu().numpy() for cloud in clouds))
 
 
-def evaluate(run: Run, train: Images, test: Images, step: int, folders: bool) -> None:
-    """Writes metrics.json and codes.png and, with `folders`, all images and codes to eval/."""
-    flags, outf = run.flags, run.flags.outf
-    inception, features = utils.Inception(run.world.device) if flags.fid else None, {}
-    metrics, codes = test_metrics(run, test)
-    utils.set_seed(flags.seed, "prior metrics")
-    draws = run.sample_prior(len(codes))
-    metrics["test_w2_of_prior_draws"] = model.gaussian_w2(draws, flags.pz_scale).item()
+def fit_densities(run: Run, images: Images) -> dict[str, Any]:
+    """A Gaussian and a mixture, by name, fitted to the codes of training images."""
+    codes, densities = torch.cat([code for _, code, _ in encode_all(run, images)]), {}
+    for name, components in (("gaussian", 1), ("mixture", N_MIXTURE)):
+        utils.set_seed(run.flags.seed, name)
+        densities[name] = model.fit_mixture(codes, components)
+    return densities
 
-    utils.set_seed(flags.seed, "samples")
-    latents = {"samples_prior": run.sample_prior(flags.n_samples)}
-    if len(train):
-        train_codes = torch.cat([code for _, code, _ in encode_all(run, train)])
-        for name, components in (("gaussian", 1), ("mixture", MIXTURE)):
-            utils.set_seed(flags.seed, name)
-            density = model.fit_mixture(train_codes, components)
-            latents[f"samples_{name}"] = density.sample((flags.n_samples,))
-    latents["reconstructions"] = codes
 
-    sets = {"real": (utils.from_uint8(batch, False) for batch in in_order(run, test))}
-    sets |= {name: map(run.decode, z.split(flags.batch_size)) for name, z in latents.items()}
-    for name, batches in sets.items():
+def sample_images(run: Run, name: str, density: Any, n: int) -> Iterator[Tensor]:
+    """n decoded samples of a latent density, or of the prior if it is None, in batches."""
+    utils.set_seed(run.flags.seed, "samples", name)
+    for first in range(0, n, eval_batch(run)):
+        m = min(n - first, eval_batch(run))
+        yield run.decode(density.sample((m,)) if density else run.sample_prior(m))
+
+
+def evaluate(run: Run, data: Data, folders: bool) -> None:
+    """Writes metrics, codes.png and densities; with `folders`, images and codes to eval/, too."""
+    flags, outf, n = run.flags, run.flags.outf, run.flags.n_samples
+    inception = utils.Inception(run.world.device) if flags.fid else None
+    if inception and min(len(data.test), n) < 2048:
+        utils.warn("--fid: with fewer than 2048 images it is too large, and not comparable")
+    metrics, codes, errors = test_metrics(run, data.test)
+    densities = fit_densities(run, data.train) if len(data.train) > 1 else {}
+    if densities:
+        ratio = densities["mixture"].log_prob(codes.double())
+        ratio -= model.prior_log_density(codes.double(), flags.pz_scale)
+        metrics["test_nats"] = ratio.mean().item()
+        state = {name: model.mixture_state(density) for name, density in densities.items()}
+        utils.save_checkpoint(outf / DENSITIES, state)
+    if len(codes) > 1:
+        metrics |= prior_metrics(run, len(codes))
+        utils.save_picture(outf / "codes.png", plot_codes(run, codes))
+
+    def score(name: str, count: int, batches: Iterable[Tensor]) -> model.Moments:
+        """Notes the sharpness of a set of images. Returns the moments of their features."""
         if folders:
             batches = utils.write_images(outf / "eval" / name, batches)
-        sharp, features[name] = [], []
-        for images in tqdm(batches, desc=name, unit="batch", leave=False):
-            sharp.append(utils.sharpness(images))
+        sharp, moments = [], model.Moments()
+        n_batches = math.ceil(count / eval_batch(run))
+        for images in utils.progress(batches, name, n_batches, unit="batch", leave=False):
+            sharp.append(model.sharpness(images))
             if inception:
-                features[name].append(inception.features(images))
+                moments.add(inception.features(images))
         metrics[f"sharpness_{name}"] = torch.cat(sharp).mean().item()
-        if inception and name != "real":
-            both = (np.concatenate(features[key]) for key in ("real", name))
-            metrics[f"fid_{name}"] = inception.fid(*both)
+        return moments
+
+    test = (utils.from_uint8(batch, False) for batch in batches_in_order(run, data.test))
+    real = score("real", len(codes), test)
+    sets = {"reconstructions": (len(codes), map(run.decode, codes.split(eval_batch(run))))}
+    for name, density in {"prior": None, **densities}.items():
+        sets[f"samples_{name}"] = n, sample_images(run, name, density, n)
+    for name, (count, batches) in sets.items():
+        fake = score(name, count, batches)
+        if inception:
+            distance = model.frechet_distance(*real.result(), *fake.result())
+            metrics[f"fid_{name}"] = distance.item()
 
     if folders:
         with utils.atomic_write(outf / "eval" / "codes.npy") as file:
             np.save(file, codes.cpu().numpy())
-    utils.save_picture(outf / "codes.png", plot_codes(run, codes))
-    counts = {"step": step, "n_test": len(test), "n_samples": flags.n_samples}
+        rows = zip(data.names, errors.tolist(), strict=True)
+        utils.write_csv(outf / "eval" / "images.csv", ("path", "squared_error"), rows)
+    counts = {"step": run.step, "n_test": len(codes), "n_samples": n}
     utils.write_json(outf / METRICS_FILE, counts | metrics)
     print("\n".join(f"{name:>28}  {value:.5g}" for name, value in metrics.items()))
+
+
+def generate(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> int:
+    """Writes --generate samples of a checkpoint, and a picture of the first ones. Returns 0."""
+    run, density = Run(flags, utils.get_world(flags.cuda, flags.gpu_id)), None
+    run.load_state_dict(checkpoint)
+    if flags.density != "prior":
+        path = (flags.checkpoint or flags.outf / CHECKPOINT).with_name(DENSITIES)
+        densities = checkpoint.get("densities") or utils.load_checkpoint(path, flags.density)
+        state = densities[flags.density]
+        density = model.mixture(**{k: v.to(run.world.device).double() for k, v in state.items()})
+    utils.make_folder(flags.outf)
+    folder, picture, first = flags.outf / "generated", flags.outf / "generated.png", []
+    with utils.lock(flags.outf / ".generated.lock", wait=False):
+        images = sample_images(run, flags.density, density, flags.generate)
+        for batch in utils.write_images(folder, images):
+            first = [*first, *batch][:64]
+        utils.save_picture(picture, utils.grid(torch.stack(first), columns=8))
+    print(f"{flags.generate} images are in {folder}, and the first of them in {picture}")
+    return 0
+
+
+def load_network(path: Path | str) -> tuple[model.AutoEncoder, argparse.Namespace]:
+    """The network of a checkpoint, on the CPU and ready to use, and the flags of its run.
+
+    Raises:
+        UserError: no such file, or not a checkpoint.
+    """
+    checkpoint = utils.load_checkpoint(Path(path), "flags", "net")
+    flags = argparse.Namespace(**checkpoint["flags"])
+    network = build_network(flags)
+    network.load_state_dict(checkpoint["net"])
+    return network.eval(), flags
 
 
 # --------------------------------------------------------------------------------------------------
 # The program
 
 
-def check_data(flags: argparse.Namespace, data: dict[str, Any], stored: dict[str, Any]) -> None:
-    """Compares the images with those that the checkpoint was trained on.
+def load_data(flags: argparse.Namespace, stored: dict[str, Any] | None, world: World) -> Data:
+    """The images of --dataroot, on the GPU if they fit.
 
     Raises:
-        UserError: a run would continue on other images.
+        UserError: a run would continue on other images than those of the checkpoint `stored`.
     """
-    if data["images"] != stored["images"]:
+    how = (flags.dataset, flags.image_size, flags.crop, flags.workers, flags.cache_dir)
+    images, names, digest = utils.load_images(flags.dataroot, *how, flags.channels)
+    n_test = flags.n_test or utils.default_n_test(len(images))
+    n_train = len(images) - n_test
+    if n_train < (0 if flags.evaluate else flags.batch_size):
+        need = "" if flags.evaluate else f", --batch_size={flags.batch_size}"
+        raise UsageError(f"--n_test={n_test}{need}: {len(images)} images are too few")
+    if stored and digest != stored["images"]:
         message = f"--dataroot={flags.dataroot}: not the images that the checkpoint was trained on"
         if not flags.evaluate:
-            raise UserError(f"{message}; bring those back, or start anew in another --outf")
+            raise UserError(f"{message}; bring those back, or start again in another --outf")
         utils.warn(message)
-    elif data["n_train"] < stored["n_train"]:
-        n = stored["n_train"] - data["n_train"]
-        utils.warn(f"--n_test={flags.n_test}: {n} of the held-out images were trained on")
+    elif stored and n_train < stored["n_train"]:
+        n = stored["n_train"] - n_train
+        utils.warn(f"--n_test={n_test}: {n} of the held-out images were trained on")
+    images = utils.put_on_device(images, world.device)
+    return Data(images[:n_train], images[n_train:], names[n_train:], digest)
 
 
 def is_complete(flags: argparse.Namespace, step: int, end: int) -> bool:
@@ -781,61 +936,54 @@ def is_complete(flags: argparse.Namespace, step: int, end: int) -> bool:
     return False
 
 
+def check_agreement(flags: argparse.Namespace, data: Data, step: int, world: World) -> None:
+    """Raises UserError if processes have different flags, images or checkpoints."""
+    own = {"outf", "checkpoint", "dataroot", "cache_dir", "gpu_id", "workers"}
+    mine = {f"--{name}": value for name, value in vars(flags).items() if name not in own}
+    mine |= {"the images in --dataroot": data.digest, "the checkpoint in --outf": step}
+    others = utils.all_values(mine, world)
+    if differ := [name for name, value in mine.items() if any(o[name] != value for o in others)]:
+        raise UserError(f"the processes do not agree on {', '.join(differ)}")
+
+
 def execute(argv: list[str]) -> int:
     """Does what the command line asks. Returns the exit status. Raises UserError."""
     flags, checkpoint = get_flags(argv)
-    if flags.ngpu > 1 and not utils.started_by_torchrun():
+    if flags.generate:
+        return generate(flags, checkpoint)
+    if flags.ngpu > 1 and not torch.distributed.is_torchelastic_launched():
         return launch(flags.ngpu, argv)
-    world = utils.get_world(flags.cuda, flags.gpu_id)
-    images, digest = utils.load_images(
-        *(flags.dataroot, flags.dataset, flags.image_size),
-        *(flags.crop, flags.workers, flags.cache_dir),
-    )
-    n_test = flags.n_test or utils.default_n_test(len(images))
-    data = {"images": digest, "n_train": len(images) - n_test}
-    if data["n_train"] < (0 if flags.evaluate else flags.batch_size):
-        raise UsageError(
-            f"--n_test={n_test}, --batch_size={flags.batch_size}: {len(images)} images are too few"
-        )
-    step, end = 0, flags.niter * (data["n_train"] // flags.batch_size)
-    if checkpoint:
-        check_data(flags, data, checkpoint)
-        step = checkpoint["step"]
+    world, signum = utils.get_world(flags.cuda, flags.gpu_id), 0
     utils.make_folder(flags.outf)
-    lock = utils.lock(flags.outf / ".lock", wait=False) if world.is_main else None
-    utils.join(world)
-    if not utils.all_equal((digest, step), world):
-        raise UserError(
-            f"--outf={flags.outf}, --dataroot={flags.dataroot}: the processes do not find the same "
-            "checkpoint and images there; all machines need both"
-        )
-    if not flags.evaluate and is_complete(flags, step, end):
-        utils.leave_world()
-        if world.is_main:
-            print(f"the run in {flags.outf} is complete; a larger --niter continues it")
-        return 0
-    images = utils.put_on_device(images, world.device)
-    train_images, test_images = images[: data["n_train"]], images[data["n_train"] :]
-    # Training batches have one shape, so that the search for fast convolutions pays.
-    torch.backends.cudnn.benchmark = True
-    run = Run(flags, world)
-    if checkpoint:
-        run.load_state_dict(checkpoint)
-    signum = 0
-    if not flags.evaluate:
+    # Rank 0 alone has the lock; if it fails, it ends the others.
+    with utils.lock(flags.outf / ".lock", wait=False) if utils.is_main() else nullcontext():
+        # Once more, since another run may have written here until it gave the lock back.
+        flags, checkpoint = get_flags(argv)
+        data = load_data(flags, checkpoint, world)
+        utils.join(world)
+        step = checkpoint["step"] if checkpoint else 0
+        check_agreement(flags, data, step, world)
+        end = flags.niter * (len(data.train) // flags.batch_size)
+        if not flags.evaluate and is_complete(flags, step, end):
+            utils.leave_world()
+            if utils.is_main():
+                print(f"the run in {flags.outf} is complete; a larger --niter continues it")
+            return 0
+        # Training batches have one shape, so that the search for fast convolutions pays.
+        torch.backends.cudnn.benchmark = True
+        run = Run(flags, world)
         if checkpoint:
-            utils.warn(f"continuing the run in {flags.outf} from step {step} of {end}")
-            if flags.lr_schedule == "scaled" and flags.niter > checkpoint["flags"]["niter"]:
-                utils.warn(f"--lr_schedule=scaled is stretched to --niter={flags.niter}")
-        signum, step = train(run, train_images, test_images, data, checkpoint), end
-    if not signum:
-        refresh_batch_norm(run, train_images)
-    utils.leave_world()  # now, since the others would not wait for a long evaluation
-    if world.is_main and not signum:
-        evaluate(run, train_images, test_images, step, folders=flags.evaluate)
-        print(f"samples and metrics are in {flags.outf}")
-    if lock:
-        lock.close()
+            run.load_state_dict(checkpoint)
+        if not flags.evaluate:
+            if checkpoint:
+                utils.warn(f"continuing the run in {flags.outf} from step {step} of {end}")
+                if flags.lr_schedule == "scaled" and flags.niter > checkpoint["flags"]["niter"]:
+                    utils.warn(f"--lr_schedule=scaled is stretched to --niter={flags.niter}")
+            signum = train(run, data)
+        utils.leave_world()  # now, since the others would not wait for a long evaluation
+        if utils.is_main() and not signum:
+            evaluate(run, data, folders=flags.evaluate)
+            print(f"samples and metrics are in {flags.outf}")
     return 128 + signum if signum else 0
 
 
@@ -845,6 +993,8 @@ def launch(processes: int, argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    for name in [name for name in os.environ if name.startswith("PET_")]:
+        del os.environ[name]  # a cluster's settings of torchrun, which would wait for more machines
     # Seconds to finish a step and write a checkpoint after a signal.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     # The processes say themselves what is wrong.
@@ -863,26 +1013,37 @@ def launch(processes: int, argv: list[str]) -> int:
 
 
 def main() -> int:
-    """Runs the program and shows each error that a user can mend as one line."""
+    """Runs the program and shows each error that a user can fix as one line."""
     sys.stdout, sys.stderr = utils.Output(sys.stdout), utils.Output(sys.stderr)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, utils.exit_at_once)
+    utils.handle_signals(utils.exit_at_once)
     try:
         return execute(sys.argv[1:])
     except UserError as error:
         message, status = str(error), error.status
     except OSError as error:
-        message, status = f"{error.filename or 'a file'}: {error.strerror or error}", 1
-    except (MemoryError, RuntimeError) as error:
-        signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in signs):
-            utils.wait_for_torchrun()
+        if error.filename is None:
             raise
-        message, status = "out of memory; try a smaller --batch_size, --nf or --image_size", 1
-    if not utils.is_main_process():
-        utils.wait_for_torchrun()
-    print(f"main.py: error: {message}", file=sys.stderr)
+        message, status = f"{error.filename}: {error.strerror}", 1
+    except Exception as error:
+        message, status = one_line(error), 1
+        if not message:
+            raise
+    if not utils.is_main():
+        # Rank 0 finds most mistakes, too, says so, and its end ends this process.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(5)
+    print(f"main.py: error: {utils.printable(message)}", file=sys.stderr)
     return status
+
+
+def one_line(error: Exception) -> str:
+    """What a user can do about an error of PyTorch; empty if it is of another kind."""
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
+        return "out of memory; try a smaller --batch_size, --nf or --image_size"
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return f"--compile does not work here, leave it out: {str(error).splitlines()[0]}"
+    return ""
 
 
 if __name__ == "__main__":

@@ -8,20 +8,21 @@ The objective is equation 4 of the paper, for an encoder Q(Z|X), a decoder G and
     min over Q, G of  E_{x ~ P_X} E_{z ~ Q(Z|x)} [c(x, G(z))]  +  LAMBDA * D_Z(Q_Z, P_Z)
 
 P_Z is N(0, pz_scale^2 I). Q_Z, the aggregated posterior, is the distribution of the codes of all
-images. D_Z is a maximum mean discrepancy (`mmd_penalty`) or a discriminator's loss on codes
-(`gan_penalty`). A VAE has E_x KL(Q(Z|x) || P_Z) in its place (`kl_divergence`).
+images. D_Z is a maximum mean discrepancy (`exact_mmd`, `sampled_mmd`) or a discriminator's loss on
+codes (`gan_penalty`). A VAE has E_x KL(Q(Z|x) || P_Z) in its place (`kl_divergence`).
 
-Shapes in comments: N images in a batch, nz latent dimensions, S the side of an image in pixels.
+Shapes in comments: N images in a batch, C channels, S pixels a side, nz latent dimensions.
 """
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
-from torch.func import functional_call
 
 IMAGE_SIZES = (32, 64, 128, 256)
 
@@ -31,7 +32,7 @@ IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 # Standard deviation of the pixel noise of --noise=add_noise, for pixels in [-1, 1].
 PIXEL_NOISE = 0.01
 
-# Codes, and as many prior draws, that the median heuristic looks at.
+# Codes, and as many prior samples, that the median heuristic looks at.
 BANDWIDTH_SAMPLE = 1024
 
 # Kernel matrices with more entries are computed in blocks of rows.
@@ -42,9 +43,9 @@ BLOCK_ENTRIES = 2**20
 # Networks
 
 
-def stage_widths(image_size: int, nf: int) -> list[int]:
+def stage_widths(size: int, nf: int) -> list[int]:
     """Channels after each stage of stride 2, from S down to 4: nf, 2nf, 4nf, 8nf, 8nf, ..."""
-    n_stages = int(math.log2(image_size)) - 2
+    n_stages = int(math.log2(size)) - 2
     return [nf * min(2**stage, 8) for stage in range(n_stages)]
 
 
@@ -52,7 +53,8 @@ class Encoder(nn.Module):
     """The moments of Q(Z|X), for images.
 
     Args:
-        image_size: S, one of `IMAGE_SIZES`.
+        size: S, one of `IMAGE_SIZES`.
+        channels: C, 3 for colour and 1 for grey images.
         nz: latent dimensions.
         nf: channels of the first convolution.
         arch: `dcgan` has 4x4 convolutions, as the decoder and as DCGAN's discriminator; `paper` has
@@ -63,15 +65,15 @@ class Encoder(nn.Module):
     """
 
     def __init__(
-        self, image_size: int, nz: int, nf: int, arch: str, noise: str, symmetric: bool = False
+        self, size: int, channels: int, nz: int, nf: int, arch: str, noise: str, symmetric: bool
     ):
         super().__init__()
         self.noise = noise
         self.pixel_noise = PIXEL_NOISE if symmetric else PIXEL_NOISE / 2
         kernel, padding = (4, 1) if arch == "dcgan" else (5, 2)
-        widths = stage_widths(image_size, nf)
+        widths = stage_widths(size, nf)
         layers: list[nn.Module] = []
-        for n_in, n_out in pairwise([3, *widths]):
+        for n_in, n_out in pairwise([channels, *widths]):
             # No bias: the batch norm that follows would subtract it again.
             layers += [nn.Conv2d(n_in, n_out, kernel, 2, padding, bias=False)]
             layers += [nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)]
@@ -87,7 +89,7 @@ class Encoder(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images (N, 3, S, S) to mean and log variance, (N, nz) each.
+        """Images (N, C, S, S) to mean and log variance, (N, nz) each.
 
         The log variance is None for an encoder that is not Gaussian.
         """
@@ -110,15 +112,15 @@ class Decoder(nn.Module):
     the image. `paper` starts from 8x8, doubles by 5x5 ones and ends with one of stride 1.
     """
 
-    def __init__(self, image_size: int, nz: int, nf: int, arch: str, symmetric: bool = False):
+    def __init__(self, size: int, channels: int, nz: int, nf: int, arch: str, symmetric: bool):
         super().__init__()
-        widths = stage_widths(image_size, nf)[::-1]
+        widths = stage_widths(size, nf)[::-1]
         if arch == "dcgan":
             side, kernel = 4, {"kernel_size": 4, "stride": 2, "padding": 1}
-            to_image = nn.ConvTranspose2d(widths[-1], 3, **kernel)
+            to_image = nn.ConvTranspose2d(widths[-1], channels, **kernel)
         else:
             side, kernel = 8, {"kernel_size": 5, "stride": 2, "padding": 2, "output_padding": 1}
-            to_image = nn.ConvTranspose2d(widths[-1], 3, kernel_size=5, stride=1, padding=2)
+            to_image = nn.ConvTranspose2d(widths[-1], channels, 5, stride=1, padding=2)
         layers: list[nn.Module] = [nn.Linear(nz, widths[0] * side * side), nn.ReLU(inplace=True)]
         layers += [nn.Unflatten(1, (widths[0], side, side))]
         for n_in, n_out in pairwise(widths):
@@ -128,7 +130,7 @@ class Decoder(nn.Module):
         self.apply(init_weights)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Codes (N, nz) to images (N, 3, S, S)."""
+        """Codes (N, nz) to images (N, C, S, S)."""
         return self.layers(z)
 
 
@@ -136,30 +138,30 @@ class AutoEncoder(nn.Module):
     """Encoder and decoder, which train together. Args as for `Encoder`."""
 
     def __init__(
-        self, image_size: int, nz: int, nf: int, arch: str, noise: str, symmetric: bool = False
+        self, size: int, channels: int, nz: int, nf: int, arch: str, noise: str, symmetric: bool
     ):
         super().__init__()
-        self.encoder = Encoder(image_size, nz, nf, arch, noise, symmetric)
-        self.decoder = Decoder(image_size, nz, nf, arch, symmetric)
+        self.encoder = Encoder(size, channels, nz, nf, arch, noise, symmetric)
+        self.decoder = Decoder(size, channels, nz, nf, arch, symmetric)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Images (N, 3, S, S) to reconstructions, codes, and the moments of Q(Z|x)."""
+        """Images (N, C, S, S) to reconstructions, codes, and the moments of Q(Z|x)."""
         mean, log_variance = self.encoder(x)
         code = draw_code(mean, log_variance)
         return self.decoder(code).float(), code, mean, log_variance
 
 
 class Discriminator(nn.Module):
-    """D: the logit of 'this code is a draw of the prior', by layers nz -> 512 x 4 -> 1.
+    """D: the logit of 'this code is a sample of the prior', by layers nz -> 512 x 4 -> 1.
 
-    With `pz_scale`, the prior's log density is added to the logit (as in the official CelebA
-    configuration, after Mescheder, Nowozin and Geiger, 2017). The best logit is
+    With `prior_scale`, the log density of N(0, prior_scale^2 I) is added to the logit (as in the
+    official CelebA configuration, after Mescheder, Nowozin and Geiger, 2017). The best logit is
     log p(z) - log q(z), and p is known, so only log q(z) is left to learn.
     """
 
-    def __init__(self, nz: int = 64, width: int = 512, pz_scale: float | None = None):
+    def __init__(self, nz: int = 64, width: int = 512, prior_scale: float | None = None):
         super().__init__()
-        self.pz_scale = pz_scale
+        self.prior_scale = prior_scale
         layers: list[nn.Module] = []
         for n_in, n_out in pairwise([nz, width, width, width, width]):
             layers += [nn.Linear(n_in, n_out), nn.ReLU(inplace=True)]
@@ -168,7 +170,9 @@ class Discriminator(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Codes (N, nz) to logits (N,)."""
         logit = self.layers(z).squeeze(1)
-        return logit if self.pz_scale is None else logit + prior_log_density(z, self.pz_scale)
+        if self.prior_scale is not None:
+            logit = logit + prior_log_density(z, self.prior_scale)
+        return logit
 
 
 def init_weights(module: nn.Module) -> None:
@@ -189,7 +193,7 @@ def draw_code(mean: Tensor, log_variance: Tensor | None) -> Tensor:
 
 
 def sample_prior(n: int, nz: int, pz_scale: float, device: torch.device | str = "cpu") -> Tensor:
-    """n draws of P_Z = N(0, pz_scale^2 I), (n, nz), from the global generator."""
+    """n samples of P_Z = N(0, pz_scale^2 I), (n, nz), from the global generator."""
     return pz_scale * torch.randn(n, nz, device=device)
 
 
@@ -210,12 +214,13 @@ def reconstruction_cost(
 
     `l2sq` is 0.05 |x - y|^2, `l2` is 0.2 |x - y| and `l1` is 0.02 |x - y|_1: the official weights.
     Pixels count on the [-1, 1] scale even if the networks work in [0, 1] (`symmetric` false), so
-    that LAMBDA means the same in both.
+    that LAMBDA means the same in both. It is a sum over pixels and channels: at another image size,
+    or in grey, another LAMBDA balances it.
 
     Raises:
         ValueError: an unknown cost.
     """
-    difference = (x - y).flatten(1) * (1 if symmetric else 2)  # (N, 3 S S)
+    difference = (x - y).flatten(1) * (1 if symmetric else 2)  # (N, C S S)
     if cost == "l2sq":
         return 0.05 * difference.square().sum(1).mean()
     if cost == "l2":
@@ -235,45 +240,131 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
     return (a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
 
 
-def imq_kernel(
-    d2: Tensor, nz: int, pz_scale: float, scales: tuple[float, ...] = IMQ_SCALES
-) -> Tensor:
-    """Inverse multiquadratics of squared distances: sum over scales s of C / (C + d2).
+def shrink(z: Tensor, pz_scale: float) -> Tensor:
+    """Codes (N, nz) as z' = z sqrt(2 / (1 + |z|^2 / (nz pz_scale^2))).
 
-    C is 2 nz pz_scale^2 s, and 2 nz pz_scale^2 is the expected squared distance of two draws of the
-    prior (section 4 of the paper).
+    They are never longer than sqrt(2 nz) pz_scale; prior samples stay about as long as they are.
     """
-    bases = [2 * nz * pz_scale**2 * scale for scale in scales]
-    return sum(base / (base + d2) for base in bases)
+    length2 = z.square().sum(1, keepdim=True) / (z.shape[1] * pz_scale**2)
+    return z * (2 / (1 + length2)).sqrt()
 
 
-def rbf_kernel(d2: Tensor, variance: Tensor | float) -> Tensor:
-    """Gaussian kernel exp(-d2 / (2 variance)) of squared distances; `variance` is a scalar."""
-    return torch.exp(-d2 / (2 * variance))
+class Kernel(NamedTuple):
+    """The kernel of an MMD, for points of nz dimensions at squared distances d2.
 
-
-def quadratic_kernel(a: Tensor, b: Tensor, pz_scale: float) -> Tensor:
-    """(a'_i . b'_j)^2 / (nz pz_scale^4) for points (N, nz) and (M, nz), as (N, M).
-
-    Its MMD^2 compares the second moments E[z' z'^T], and so it sees each direction of the codes; in
-    many dimensions the other kernels see little but the mean of the distances. The points are
-    shrunk to z' = z sqrt(2 / (1 + |z|^2 / (nz pz_scale^2))), which leaves prior draws about as long
-    as they are and bounds the kernel: without it, a few long codes can make training diverge.
+    Args:
+        name: `IMQ` is the sum over scales s of C / (C + d2), where C = 2 nz pz_scale^2 s, and
+            2 nz pz_scale^2 is the expected squared distance of two samples of the prior (section 4
+            of the paper). `RBF` is exp(-d2 / (2 variance)).
+        pz_scale: standard deviation of the prior.
+        scales: of IMQ.
+        quadratic: weight of a kernel (a'.b')^2 / (nz pz_scale^4) that is added, ' being `shrink`.
+            Its MMD^2 compares the second moments E[z' z'^T], and so it sees each direction of the
+            codes; in many dimensions the others see little but the mean of the distances. Without
+            shrinking, a few long codes can make training diverge.
     """
-    nz = a.shape[1]
 
-    def shrunk(z: Tensor) -> Tensor:
-        length2 = z.square().sum(1, keepdim=True) / (nz * pz_scale**2)
-        return z * (2 / (1 + length2)).sqrt()
+    name: str = "IMQ"
+    pz_scale: float = 1.0
+    scales: tuple[float, ...] = IMQ_SCALES
+    quadratic: float = 0.0
 
-    return (shrunk(a) @ shrunk(b).T).square() / (nz * pz_scale**4)
+    def matrix(self, a: Tensor, b: Tensor, variance: Tensor | float) -> Tensor:
+        """k(a_i, b_j) for points (N, nz) and (M, nz), as (N, M). `variance` is that of RBF."""
+        nz, prior_variance = a.shape[1], self.pz_scale**2
+        d2 = squared_distances(a, b)
+        if self.name == "RBF":
+            values = torch.exp(-d2 / (2 * variance))
+        else:
+            bases = [2 * nz * prior_variance * scale for scale in self.scales]
+            values = sum(base / (base + d2) for base in bases)
+        if self.quadratic:
+            products = shrink(a, self.pz_scale) @ shrink(b, self.pz_scale).T
+            values = values + self.quadratic / (nz * prior_variance**2) * products.square()
+        return values
+
+
+def sum_of_blocks(statistic: Callable[[Tensor, int, int], Tensor], codes: Tensor) -> Tensor:
+    """statistic(codes, 0, N) of codes (N, nz), from blocks of rows when N^2 is large.
+
+    `statistic(codes, first, rows)` is what so many rows of the kernel matrix add. Each block is
+    differentiated before the next is computed, so that memory grows with N and not with N^2. Value
+    and gradient of the codes are the same.
+    """
+    n = len(codes)
+    if n * n <= BLOCK_ENTRIES:
+        return statistic(codes, 0, n)
+    rows = max(1, BLOCK_ENTRIES // n)
+    points, gradient, value = codes.detach().requires_grad_(), torch.zeros_like(codes), 0
+    for first in range(0, n, rows):
+        block = statistic(points, first, rows)
+        if torch.is_grad_enabled():
+            # Now, and not by autograd later, so that nothing of the block stays in memory.
+            gradient += torch.autograd.grad(block, points)[0]
+        value = value + block.detach()
+    # The second term is 0, and has the gradient.
+    return value + (gradient * (codes - codes.detach())).sum()
+
+
+def exact_mmd(codes: Tensor, kernel: Kernel) -> Tensor:
+    """The expectation of `sampled_mmd` over the samples of the prior, in closed form; a scalar.
+
+    For codes q (N, nz), samples p of the prior and a kernel k it is
+
+        sum_{i != j} k(q_i, q_j) / (N (N - 1))  -  2 sum_i E k(q_i, p) / N  +  E k(p, p')
+
+    Both kernels are mixtures of Gaussians in the distance, k = sum_k w_k exp(-s_k d^2): the RBF
+    kernel of one (its variance is 2 nz pz_scale^2, the squared distance of two prior samples), IMQ
+    of many, since C / (C + d^2) is the integral of exp(-t) exp(-t d^2 / C) over t > 0. With the
+    prior's variance v,
+
+        E exp(-s |q - p|^2) = (1 + 2 s v)^(-nz/2) exp(-s |q|^2 / (1 + 2 s v))
+        E exp(-s |p - p'|^2) = (1 + 4 s v)^(-nz/2)
+
+    For the quadratic kernel, E[p' p'^T] = m I by symmetry, so E (q'.p')^2 = m |q'|^2 and
+    E (p'.p'')^2 = nz m^2, where m = 2 v (1 - E[1 / (1 + |p|^2 / (nz v))]).
+
+    Raises:
+        ValueError: fewer than two codes.
+    """
+    n, nz = codes.shape
+    if n < 2:
+        raise ValueError("an MMD needs two codes or more")
+    v = kernel.pz_scale**2
+    # The trapezoidal rule in log t, exact here to some seven digits. In float64: the constants are
+    # sums of many terms, and small differences of them count.
+    u = torch.linspace(-16, 4, 64, dtype=torch.float64, device=codes.device)
+    t, weights = u.exp(), torch.exp(u - u.exp())
+    weights = weights / weights.sum()
+    if kernel.name == "RBF":
+        w, s = torch.ones_like(u[:1]), torch.full_like(u[:1], 1 / (4 * nz * v))
+    else:
+        w = weights.repeat(len(kernel.scales))
+        s = torch.cat([t / (2 * nz * v * scale) for scale in kernel.scales])
+    shrunk = 1 + 2 * s * v
+    lengths2 = codes.square().sum(1, keepdim=True)  # (N, 1)
+    with_prior = torch.exp(-lengths2 * (s / shrunk).to(codes)) @ (w * shrunk ** (-nz / 2)).to(codes)
+    of_prior = (w * (1 + 4 * s * v) ** (-nz / 2)).sum()
+    if kernel.quadratic:
+        m = 2 * v * (1 - (weights * (1 + 2 * t / nz) ** (-nz / 2)).sum())
+        scale = kernel.quadratic / (nz * v**2)
+        lengths2 = shrink(codes, kernel.pz_scale).square().sum(1)
+        with_prior = with_prior + (scale * m).to(codes) * lengths2
+        of_prior = of_prior + scale * nz * m**2
+
+    def statistic(points: Tensor, first: int, rows: int) -> Tensor:
+        same = kernel.matrix(points[first : first + rows], points, 2 * nz * v)
+        return (same.sum(dtype=torch.float64) - same.diagonal(first).sum()) / (n * (n - 1))
+
+    within = sum_of_blocks(statistic, codes)
+    return (within - 2 * with_prior.double().mean() + of_prior).to(codes)
 
 
 @torch.no_grad()
 def median_bandwidth(codes: Tensor, prior: Tensor) -> Tensor:
     """The RBF variance: the median squared distance of the pooled points; a scalar, no gradient.
 
-    Looks at the first `BANDWIDTH_SAMPLE` codes and prior draws, which bounds its cost.
+    Looks at the first `BANDWIDTH_SAMPLE` codes and prior samples, which bounds its cost.
     """
     points = torch.cat([codes[:BANDWIDTH_SAMPLE], prior[:BANDWIDTH_SAMPLE]])
     i, j = torch.triu_indices(len(points), len(points), offset=1, device=points.device)
@@ -281,91 +372,32 @@ def median_bandwidth(codes: Tensor, prior: Tensor) -> Tensor:
     return squared_distances(points, points)[i, j].median().clamp(min=1e-12)
 
 
-def mmd_penalty(
-    codes: Tensor,
-    prior: Tensor,
-    kernel: str = "IMQ",
-    pz_scale: float = 1.0,
-    scales: tuple[float, ...] = IMQ_SCALES,
-    quadratic: float = 0.0,
-) -> Tensor:
+def sampled_mmd(codes: Tensor, prior: Tensor, kernel: Kernel) -> Tensor:
     """Unbiased estimate of MMD^2 between the codes and the prior (Algorithm 2); a scalar.
 
-    For codes q and prior draws p, (N, nz) each, and a kernel k:
+    For codes q and prior samples p, (N, nz) each, and a kernel k:
 
         sum_{i != j} [ k(q_i, q_j) + k(p_i, p_j) ] / (N (N - 1))  -  2 sum_{i, j} k(q_i, p_j) / N^2
 
-    A U-statistic: its mean is zero, and so it is often negative, when the distributions agree.
-    Above `BLOCK_ENTRIES`, each block of rows of the kernel matrices is summed and differentiated
-    before the next is computed: memory grows with N, not with N^2. Value and gradient of the codes
-    are the same; the prior draws have no gradient then.
+    A U-statistic: its mean is zero, and so it is often negative, when the distributions agree. The
+    prior samples get no gradient.
 
     Raises:
-        ValueError: an unknown kernel, fewer than two codes, or not as many prior draws as codes.
+        ValueError: fewer than two codes, or not as many prior samples as codes.
     """
-    n, nz = codes.shape
+    n, _ = codes.shape
     if n < 2 or prior.shape != codes.shape:
         shapes = f"codes {tuple(codes.shape)}, prior {tuple(prior.shape)}"
         raise ValueError(f"{shapes}: must agree, with two rows or more")
-    if kernel == "RBF":
-        variance = median_bandwidth(codes, prior)
-    elif kernel != "IMQ":
-        raise ValueError(f"unknown kernel {kernel!r}: IMQ or RBF")
-
-    def k(a: Tensor, b: Tensor) -> Tensor:
-        d2 = squared_distances(a, b)
-        if kernel == "RBF":
-            values = rbf_kernel(d2, variance)
-        else:
-            values = imq_kernel(d2, nz, pz_scale, scales)
-        return values + quadratic * quadratic_kernel(a, b, pz_scale) if quadratic else values
+    variance = median_bandwidth(codes, prior) if kernel.name == "RBF" else 0.0
 
     def statistic(points: Tensor, first: int, rows: int) -> Tensor:
-        """What rows `first` to `first + rows` of the kernel matrices add, for codes `points`."""
         q, p = points[first : first + rows], prior[first : first + rows]
-        same = k(q, points) + k(p, prior)
+        same = kernel.matrix(q, points, variance) + kernel.matrix(p, prior, variance)
         within = (same.sum() - same.diagonal(first).sum()) / (n * (n - 1))
-        return within - 2 * k(q, prior).sum() / n**2
+        return within - 2 * kernel.matrix(q, prior, variance).sum() / n**2
 
-    if n * n <= BLOCK_ENTRIES:
-        return statistic(codes, 0, n)
-    rows = max(1, BLOCK_ENTRIES // n)
-    points, gradient, value = codes.detach().requires_grad_(), torch.zeros_like(codes), 0
-    for first in range(0, n, rows):
-        block = statistic(points, first, rows)
-        # Now, and not by autograd later, so that nothing of the block stays in memory.
-        gradient += torch.autograd.grad(block, points)[0]
-        value = value + block.detach()
-    # The second term is 0, and has the gradient.
-    return value + (gradient * (codes - codes.detach())).sum()
-
-
-@torch.no_grad()
-def mmd_to_prior(codes: Tensor, pz_scale: float = 1.0) -> Tensor:
-    """`mmd_penalty` of codes (N, nz) with the IMQ kernel, averaged over all draws of the prior.
-
-    The prior's terms are integrals of one variable: C / (C + d2) is the integral of
-    exp(-t) exp(-t d2 / C) over t > 0, and the mean of a Gaussian in d2 is known in closed form.
-    """
-    n, nz = codes.shape
-    variance = pz_scale**2
-    # The trapezoidal rule in log t is exact here to about ten digits.
-    u = torch.linspace(-25, 4.5, 300, dtype=torch.float64, device=codes.device)
-    weights = torch.exp(u - u.exp()) * (u[1] - u[0])
-    norms = codes.double().square().sum(1)
-    total = torch.zeros((), dtype=torch.float64, device=codes.device)
-    for scale in IMQ_SCALES:
-        s = u.exp() / (2 * nz * variance * scale)  # t / C
-        total += (weights * (1 + 4 * variance * s) ** (-nz / 2)).sum()
-        shrink = 1 + 2 * variance * s
-        for part in norms.split(1024):
-            cross = shrink ** (-nz / 2) * torch.exp(-part[:, None] * s / shrink)
-            total -= 2 * (cross @ weights).sum() / n
-    for part in codes.split(max(1, BLOCK_ENTRIES // n)):
-        same = imq_kernel(squared_distances(part, codes), nz, pz_scale)
-        total += same.double().sum() / (n * (n - 1))
-    # On the diagonal of the kernel matrix each scale has ones.
-    return total - len(IMQ_SCALES) / (n - 1)
+    return sum_of_blocks(statistic, codes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -380,10 +412,9 @@ def discriminator_loss(logits_prior: Tensor, logits_codes: Tensor) -> Tensor:
 def gan_penalty(discriminator: nn.Module, codes: Tensor) -> Tensor:
     """-mean log D(z~) of codes (N, nz), the non-saturating loss of Algorithm 1; a scalar.
 
-    The gradient passes through the discriminator to the codes and leaves none on its weights.
+    It leaves a gradient on the discriminator's weights, too, which that one's own step discards.
     """
-    frozen = {name: weight.detach() for name, weight in discriminator.named_parameters()}
-    return F.softplus(-functional_call(discriminator, frozen, codes)).mean()
+    return F.softplus(-discriminator(codes)).mean()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -419,16 +450,16 @@ def pretrain_loss(codes: Tensor, pz_scale: float = 1.0) -> Tensor:
 
 
 def pretrain_floor(n: int, nz: int, pz_scale: float = 1.0) -> float:
-    """The expected `pretrain_loss` of n draws of the prior.
+    """The expected `pretrain_loss` of n samples of the prior.
 
-    The mean of n draws has variance pz_scale^2 / n in each dimension. An entry of their covariance,
-    a Wishart matrix, has variance pz_scale^4 / (n - 1), and twice that on the diagonal.
+    Their mean has variance pz_scale^2 / n in each dimension. An entry of their covariance, a
+    Wishart matrix, has variance pz_scale^4 / (n - 1), and twice that on the diagonal.
     """
     return pz_scale**2 / n + pz_scale**4 * (1 + 1 / nz) / (n - 1)
 
 
 # --------------------------------------------------------------------------------------------------
-# The aggregated posterior: its distance from the prior, and densities fitted to it
+# Evaluation: the aggregated posterior, densities fitted to it, sharpness, Frechet distances
 
 
 def covariance_eigenvalues(codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -438,21 +469,94 @@ def covariance_eigenvalues(codes: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp(min=0), vectors
 
 
+def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> Tensor:
+    """Squared 2-Wasserstein distance between two Gaussians of means (d,), covariances (d, d).
+
+    |a - b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), in the precision of the arguments; a scalar.
+    """
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    return (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
+
+
 def gaussian_w2(codes: Tensor, pz_scale: float = 1.0) -> Tensor:
     """Squared 2-Wasserstein distance to the prior of the Gaussian with the moments of the codes.
 
-    For codes (N, nz) of mean m, whose covariance has the eigenvalues lambda_i, it is
-    |m|^2 + sum_i (sqrt(lambda_i) - pz_scale)^2. It sees directions that the codes do not use; an
-    MMD hardly does.
+    It sees directions that the codes do not use; an MMD hardly does. The distance of the moments of
+    N codes is too large by tr(C) / N for the mean, C being their covariance, and by
+    pz_scale / (2 (N - 1)) sum_ij (1 + [i = j]) s_i s_j / (s_i + s_j) for the trace of C^1/2 with
+    eigenvalues s. Less these, it is 0 on average for samples of the prior.
     """
-    eigenvalues, _ = covariance_eigenvalues(codes)
-    return codes.double().mean(0).square().sum() + (eigenvalues.sqrt() - pz_scale).square().sum()
+    n, nz = codes.shape
+    codes = codes.double()
+    mean, covariance = codes.mean(0), codes.T.cov().reshape(nz, nz)
+    prior = pz_scale**2 * torch.eye(nz).to(codes)
+    distance = frechet_distance(mean, covariance, torch.zeros_like(mean), prior)
+    s = torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt()
+    pairs = s[:, None] * s / (s[:, None] + s).clamp(min=1e-12)
+    in_root = (pairs.sum() + pairs.diagonal().sum()) / (4 * (n - 1))
+    return distance - covariance.trace() / n - 2 * pz_scale * in_root
+
+
+class Moments:
+    """Mean (d,) and covariance (d, d) of rows that come in batches (n, d), in float64."""
+
+    def __init__(self) -> None:
+        self.n, self.sum, self.products = 0, 0, 0
+
+    def add(self, rows: Tensor) -> None:
+        """Takes in a batch."""
+        rows = rows.double()
+        self.n, self.sum = self.n + len(rows), self.sum + rows.sum(0)
+        self.products = self.products + rows.T @ rows
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Mean and covariance (unbiased; of two rows or more)."""
+        mean = self.sum / self.n
+        return mean, (self.products - self.n * torch.outer(mean, mean)) / max(1, self.n - 1)
+
+
+def sharpness(images: Tensor) -> Tensor:
+    """Variance of each image after a Laplace filter, for images (N, C, S, S) in [0, 1], as (N,).
+
+    The paper's measure of blur (section 4), on grey values: a blurred image has weak edges.
+    """
+    weights = [0.299, 0.587, 0.114] if images.shape[1] == 3 else [1.0]
+    grey = torch.tensor(weights, device=images.device).view(1, -1, 1, 1)
+    laplace = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=images.device)
+    filtered = F.conv2d((images * grey).sum(1, keepdim=True), laplace.view(1, 1, 3, 3))
+    return filtered.flatten(1).var(1, correction=0)
+
+
+def mixture(weights: Tensor, means: Tensor, covariances: Tensor) -> MixtureSameFamily:
+    """The mixture of K Gaussians of weights (K,), means (K, nz) and covariances (K, nz, nz)."""
+    return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
+
+
+def mixture_state(density: MixtureSameFamily) -> dict[str, Tensor]:
+    """The arguments of `mixture` that make this density."""
+    parts = density.component_distribution
+    weights = density.mixture_distribution.probs
+    return {"weights": weights, "means": parts.mean, "covariances": parts.covariance_matrix}
+
+
+def spread_points(codes: Tensor, k: int) -> Tensor:
+    """k of the codes (N, nz), each drawn by its squared distance to those before (k-means++)."""
+    chosen = codes[torch.randint(len(codes), (1,), device=codes.device)]
+    distances = torch.full_like(codes[:, 0], math.inf)
+    for _ in range(k - 1):
+        distances = torch.minimum(distances, (codes - chosen[-1]).square().sum(1))
+        # Where all codes are equal there is no distance, and any of them will do.
+        pick = (distances / distances.max().clamp(min=1e-300) + 1e-12).multinomial(1)
+        chosen = torch.cat([chosen, codes[pick]])
+    return chosen
 
 
 def fit_mixture(codes: Tensor, components: int, iterations: int = 100) -> MixtureSameFamily:
     """A mixture of Gaussians fitted to codes (N, nz) by EM, in float64.
 
-    One component is the Gaussian with the moments of the codes. Draws of such a density, decoded,
+    One component is the Gaussian with the moments of the codes. Samples of such a density, decoded,
     are the ex-post density estimation of Ghosh et al., ICLR 2020. The eigenvalues of each
     covariance are at least 1e-6 of the largest one of all codes, so that codes can be fitted that
     span a part of the space only.
@@ -465,7 +569,7 @@ def fit_mixture(codes: Tensor, components: int, iterations: int = 100) -> Mixtur
     jitter = 1e-6 * largest * torch.eye(nz).to(codes)
 
     weights = torch.full((components,), 1 / components).to(codes)
-    means = codes[torch.randperm(n, device=codes.device)[:components]]
+    means = spread_points(codes, components)
     covariances = (covariance + jitter).expand(components, nz, nz)
     likelihood = -math.inf
     for _ in range(iterations if components > 1 else 1):
@@ -482,4 +586,4 @@ def fit_mixture(codes: Tensor, components: int, iterations: int = 100) -> Mixtur
         previous, likelihood = likelihood, log_p.logsumexp(1).mean().item()
         if likelihood - previous < 1e-3:
             break
-    return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
+    return mixture(weights, means, covariances)

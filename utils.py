@@ -5,52 +5,56 @@ Nothing here knows what an auto-encoder is. `main.py` puts these functions toget
 
 import contextlib
 import csv
-import fcntl
 import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
 import time
 import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+try:
+    import fcntl
+except ImportError:
+    sys.exit("main.py needs Linux, macOS or WSL: there are no file locks here")
+
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from PIL import Image, ImageOps
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.datasets import ImageFolder
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
-Images = np.ndarray | Tensor  # uint8, (N, S, S, 3), on disk or on a GPU
+Images = np.ndarray | Tensor  # uint8, (N, S, S, C), on disk or on a GPU
 
 CELEBA_CROP = 140  # the central square of an aligned CelebA image that the paper keeps, in pixels
 CELEBA_TEST_IMAGES = 19_962  # the official test partition, the last images by name
 
-# What every checkpoint has besides the states of networks and optimisers.
-CHECKPOINT_KINDS = {
-    **{"flags": dict, "images": str, "n_train": int},
-    **{"step": int, "best": float, "log": str},
-}
+# Endings of the image files that are read.
+ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+ENDINGS += (".ppm", ".pgm", ".pbm", ".tga", ".jp2", ".avif")
+
+LARGE_ARRAY = 4e9  # bytes; what a larger array needs is said before it is built
 
 # No trained weight comes near this; beyond it a run has diverged.
 LARGEST_WEIGHT = 1e6
 
 
 class UserError(Exception):
-    """Something that the user can mend: shown as one line, exit status 1."""
+    """An error that the user can fix: shown as one line, exit status 1."""
 
     status = 1
 
@@ -110,13 +114,16 @@ def lock(path: Path, wait: bool) -> TextIO:
         UserError: another process has the lock, or the file cannot be written.
     """
     with writing(path):
-        file = open(path, "a+")  # noqa: SIM115
+        file = open(path, "a+", errors="replace")  # noqa: SIM115
     try:
-        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
         file.seek(0)
         owner = f"{path.parent} is in use by process {file.read().strip()}"
-        raise UserError(f"{owner}: wait for it, or choose another folder") from None
+        if not wait:
+            raise UserError(f"{owner}: wait for it, or choose another folder") from None
+        warn(f"{owner}: waiting for it")
+        fcntl.lockf(file, fcntl.LOCK_EX)
     except OSError:
         return file  # some network file systems have no locks
     file.truncate(0)
@@ -130,12 +137,20 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
+def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """Replaces `path` by a table."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([columns, *rows])
+    with atomic_write(path) as file:
+        file.write(text.getvalue().encode(errors="surrogateescape"))
+
+
 # --------------------------------------------------------------------------------------------------
 # Images: decoded once into one array on disk, which training maps into memory
 
 
 def find_images(dataroot: Path) -> list[tuple[str, int, int]]:
-    """Path in `dataroot`, size and time of change of each image that `ImageFolder` finds, by path.
+    """Path in `dataroot`, size and time of change of each image in a folder inside it, by path.
 
     Hidden files and folders are left out: they belong to other programs.
 
@@ -145,41 +160,46 @@ def find_images(dataroot: Path) -> list[tuple[str, int, int]]:
     layout = f"images must lie in a folder inside it, as in {dataroot}/sub_directory/XXX.jpg"
     if not dataroot.is_dir():
         raise UserError(f"--dataroot={dataroot}: no such folder; {layout}")
-    check_folders(dataroot)
-    try:
-        paths = [path for path, _ in ImageFolder(str(dataroot), allow_empty=True).samples]
-    except FileNotFoundError:  # there is no folder inside
-        paths = []
-    names = sorted(os.path.relpath(path, dataroot) for path in paths)
-    names = [name for name in names if not name.startswith(".") and "/." not in name]
-    if not names:
-        raise UserError(f"--dataroot={dataroot}: no image in a folder inside it; {layout}")
-    return [(name, *status(dataroot / name)) for name in names]
-
-
-def check_folders(dataroot: Path) -> None:
-    """Names folders that cannot be read. Raises UserError for one that links lead to twice."""
+    files: list[tuple[str, int, int]] = []
+    others: Counter[str] = Counter()
     seen: dict[tuple[int, int], str] = {}
 
-    def unreadable(error: OSError) -> None:
-        warn(f"skipped the folder {error.filename}: {error.strerror}")
-
-    for folder, _, _ in os.walk(dataroot, followlinks=True, onerror=unreadable):
-        found = os.stat(folder)
-        first = seen.setdefault((found.st_dev, found.st_ino), folder)
+    def walk(folder: str, prefix: str) -> None:
+        status = os.stat(folder)
+        first = seen.setdefault((status.st_dev, status.st_ino), folder)
         if first != folder:
             raise UserError(
                 f"--dataroot={dataroot}: {folder} is {first} again, by a link; remove the link"
             )
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as error:
+            warn(f"skipped the folder {folder}: {error.strerror}")
+            return
+        for entry in entries:
+            name, ending = prefix + entry.name, os.path.splitext(entry.name)[1].lower()
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                walk(entry.path, name + "/")
+            elif prefix and ending in ENDINGS:
+                try:
+                    status = entry.stat()
+                    files.append((name, status.st_size, status.st_mtime_ns))
+                except OSError:  # a link that leads nowhere: decoding will say so
+                    files.append((name, 0, 0))
+            elif prefix:
+                others[ending or "none"] += 1
 
-
-def status(path: Path) -> tuple[int, int]:
-    """Size and time of change of a file; 0 for a link that leads nowhere."""
-    try:
-        found = os.stat(path)
-        return found.st_size, found.st_mtime_ns
-    except OSError:
-        return 0, 0
+    walk(str(dataroot), "")
+    found = ", ".join(f"{ending} ({n})" for ending, n in others.most_common(5))
+    left_out = f"files with other endings than {' '.join(ENDINGS)} are left out: {found}"
+    if not files:
+        hint = f"{layout}; {left_out}" if others else layout
+        raise UserError(f"--dataroot={dataroot}: no image in a folder inside it; {hint}")
+    if others:
+        warn(left_out)
+    return sorted(files)
 
 
 def digest(*parts: Any) -> str:
@@ -188,130 +208,180 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def decode_image(path: Path, size: int, crop: int | None) -> np.ndarray:
-    """The central square of an image file, resized: (size, size, 3) uint8 RGB.
+def open_image(file: BinaryIO, channels: int) -> Image.Image:
+    """An image file, upright, in 8 bits of RGB (3 channels) or grey (1); on white if transparent.
 
-    Args:
-        crop: side of the square in pixels; None takes the largest.
+    Raises:
+        ValueError: pixels of 32 bits or floating point, whose range only their author knows.
+        Exception: whatever Pillow makes of a file that is not a whole image.
+    """
+    with Image.open(file) as image:
+        kind = image.format
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        # 16 bits of grey, which Pillow would clip to 8.
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError("32-bit pixels, whose range is unknown")
+    if image.mode.endswith(("A", "a")) or "transparency" in image.info:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB" if channels == 3 else "L")
+
+
+def central_square(image: Image.Image, size: int, crop: int | None) -> np.ndarray:
+    """The central `crop` pixels of an image, or the largest square: uint8 (size, size, C).
 
     Raises:
         UserError: the image is smaller than the crop.
-        Exception: whatever Pillow makes of a file that is not a whole image.
     """
-    if not path.is_file():  # a pipe would be waited for
-        raise OSError(f"{path} is not a file")
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip to 8
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        image = image.convert("RGB")
     side = crop or min(image.size)
     if min(image.size) < side:
         width, height = image.size
         raise UserError(
-            f"{path}: {width} x {height} pixels, less than the crop of {side} x {side}; "
+            f"{width} x {height} pixels, less than the crop of {side} x {side}; "
             "use another --crop, or --dataset=folder"
         )
     left, top = ((length - side) // 2 for length in image.size)
     square = image.crop((left, top, left + side, top + side))
-    # As the official implementation does; sharpness and FID depend on it.
-    return np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
+    # Lanczos, as the official implementation; sharpness and FID depend on it.
+    pixels = np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
+    return pixels.reshape(size, size, -1)
 
 
 class Decoded(Dataset):
-    """The pixels of each image file; a UserError to raise; or None if it cannot be read."""
+    """Decodes image files.
 
-    def __init__(self, paths: list[Path], size: int, crop: int | None):
-        self.paths, self.size, self.crop = paths, size, crop
+    Items are the pixels, or the error; a checksum of the file; and whether the crop is less than
+    half of the image.
+    """
+
+    def __init__(self, paths: list[Path], size: int, crop: int | None, channels: int):
+        self.paths, self.size, self.crop, self.channels = paths, size, crop, channels
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, i: int) -> np.ndarray | UserError | None:
+    def __getitem__(self, i: int) -> tuple[np.ndarray | Exception, int, bool]:
+        path, checksum = self.paths[i], 0
         try:
-            return decode_image(self.paths[i], self.size, self.crop)
+            if not path.is_file():  # a pipe would be waited for
+                raise OSError("not a file")
+            content = path.read_bytes()
+            checksum = zlib.crc32(content)
+            image = open_image(io.BytesIO(content), self.channels)
+            pixels = central_square(image, self.size, self.crop)
+            return pixels, checksum, bool(self.crop) and 2 * self.crop < min(image.size)
         except UserError as error:
-            return error
-        except Exception:  # Pillow fails on broken files in many ways
-            return None
+            return UserError(f"{path}: {error}"), checksum, False
+        except Exception as error:  # Pillow fails on broken files in many ways
+            return ValueError(str(error)), checksum, False
 
 
 def start_worker(_number: int) -> None:
-    """Prepares a worker: Ctrl-C is the main process's, and Pillow's warnings are no news."""
+    """Prepares a worker: Ctrl-C is the main process's, and Pillow's warnings are silenced."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
-    end_with_parent()  # or it would keep the lock of the array
 
 
-def build_array(
-    target: Path, dataroot: Path, names: list[str], size: int, crop: int | None, workers: int
-) -> None:
-    """Decodes the images into `target`, a .npy file; a .json beside it names those that it skips.
+def build_array(target: Path, images: Decoded, names: list[str], workers: int) -> None:
+    """Decodes the images into `target`, a .npy file.
+
+    A .json beside it has the names that are skipped, with the reason, a digest of names and file
+    contents, and how many images are more than twice as large as the crop.
 
     Raises:
-        UserError: no image can be read, one is smaller than the crop, or there is no space.
+        UserError: no image can be read, one is smaller than the crop, there is no space, or a
+            worker ends.
     """
-    images = Decoded([dataroot / name for name in names], size, crop)
+    n, shape = len(names), (images.size, images.size, images.channels)
+    n_bytes, free = n * int(np.prod(shape)), shutil.disk_usage(target.parent).free
+    need = f"{n} decoded images take {n_bytes / 1e9:.1f} GB in {target.parent}"
+    if n_bytes > free:
+        raise UserError(f"{need}, where {free / 1e9:.1f} GB are free; name another --cache_dir")
+    if n_bytes > LARGE_ARRAY:
+        warn(f"{need}, and on a GPU if they fit into half of its free memory")
+    workers = min(workers, -(-n // 64))
     loader = DataLoader(
         images, 64, num_workers=workers, collate_fn=list, worker_init_fn=start_worker
     )
-    decoded = (pixels for batch in loader for pixels in batch)
-    bar = tqdm(zip(names, decoded, strict=True), "decoding once", len(names), unit="img")
-    skipped = []
+    skipped, checksums, too_large = {}, [], 0
 
     def write_header(file: BinaryIO, n: int) -> None:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (n, size, size, 3)}
+        header = {"descr": "|u1", "fortran_order": False, "shape": (n, *shape)}
         np.lib.format.write_array_header_1_0(file, header)
 
     with atomic_write(target) as file:
-        write_header(file, len(names))
-        for name, pixels in bar:
-            if isinstance(pixels, UserError):
-                raise pixels
-            if pixels is None:
-                skipped.append(name)
-            else:
-                file.write(pixels.tobytes())
-        if len(skipped) == len(names):
-            raise UserError(f"none of the {len(names)} images in {dataroot} can be read")
+        write_header(file, n)
+        try:
+            items = (item for batch in loader for item in batch)
+            bar = progress(zip(names, items, strict=True), "decoding once", n, unit="img")
+            for name, (pixels, checksum, is_large) in bar:
+                if isinstance(pixels, UserError):
+                    raise pixels
+                checksums.append(checksum)
+                too_large += is_large
+                if isinstance(pixels, Exception):
+                    skipped[name] = str(pixels)
+                else:
+                    file.write(pixels.tobytes())
+        except RuntimeError as error:  # of the DataLoader, if the system has killed a worker
+            hint = "use fewer --workers, or --workers=0"
+            raise UserError(f"a process that decodes has ended, out of memory? {hint}") from error
+        if len(skipped) == n:
+            reason = next(iter(skipped.values()))
+            raise UserError(f"none of the {n} images in {target.parent} can be read: {reason}")
         # NumPy pads the header, so that one of fewer images has the same length.
         file.seek(0)
-        write_header(file, len(names) - len(skipped))
-        write_json(target.with_suffix(".json"), {"skipped": skipped})
+        write_header(file, n - len(skipped))
+        notes = {"skipped": skipped, "digest": digest(*zip(names, checksums, strict=True))}
+        write_json(target.with_suffix(".json"), notes | {"too_large": too_large})
 
 
-def read_array(target: Path, size: int, n_files: int) -> tuple[np.ndarray, list[str]] | None:
-    """What `build_array` wrote: the array, memory-mapped, and skipped names. None if damaged."""
+def read_array(
+    target: Path, n_files: int, shape: tuple[int, ...]
+) -> tuple[np.ndarray, dict[str, Any]] | None:
+    """What `build_array` wrote: the array, memory-mapped, and the notes. None if damaged.
+
+    Raises:
+        UserError: the array cannot be mapped into memory.
+    """
     try:
-        skipped = json.loads(target.with_suffix(".json").read_text())["skipped"]
-        array = np.load(target, mmap_mode="r") if target.is_file() else None
-        n_bytes = array.offset + array.nbytes
-        shape = (n_files - len(skipped), size, size, 3)
-        whole = array.dtype == np.uint8 and array.shape == shape
-        return (array, skipped) if whole and target.stat().st_size == n_bytes else None
+        notes = json.loads(target.with_suffix(".json").read_text())
+        array = np.load(target, mmap_mode="r")
+        whole = array.dtype == np.uint8 and array.shape == (n_files - len(notes["skipped"]), *shape)
+        return (array, notes) if whole and "too_large" in notes else None
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        what = f"cannot read {target} or map it into memory"
+        raise UserError(f"{what}: {error.strerror or error}; name another --cache_dir") from error
     except Exception:  # NumPy fails on broken files in many ways
         return None
 
 
 def load_images(
     dataroot: Path,
-    dataset: str,
-    size: int,
+    dataset: str = "folder",
+    size: int = 64,
     crop: int | None = None,
-    workers: int = 1,
+    workers: int = 0,
     cache_dir: Path | None = None,
-) -> tuple[np.ndarray, str]:
-    """All images of a folder, decoded, in order of their paths, and a digest of their listing.
+    channels: int = 3,
+) -> tuple[np.ndarray, list[str], str]:
+    """All images of a folder, decoded, in order of their paths; their names; and a digest of them.
 
-    The array, uint8 (N, size, size, 3), is built on first use and mapped into memory ever after. It
-    is a hidden file in `dataroot`, or in `cache_dir`, or, if `dataroot` cannot be written, in the
-    user's cache folder. Its name has a digest of names, sizes and times of the files, so that it is
-    built anew when they change. Any number of processes may ask for it at once.
+    The array, uint8 (N, size, size, channels), is built on first use and mapped into memory ever
+    after. It is a hidden file in `dataroot` or `cache_dir` or, if `dataroot` cannot be written, in
+    the user's cache folder. Its name has a digest of names, sizes and times of the files, so that it
+    is built again when they change. Any number of processes may ask for it at once. The digest that
+    is returned is of names and contents, and so a copy has the same.
 
     Args:
         dataset: `celebA` takes the central 140 pixels, `folder` the largest central square.
         crop: takes so many central pixels in place of that.
-        workers: processes that decode.
+        workers: processes that decode; 0 decodes in this one.
+        channels: 3 for RGB, 1 for grey.
 
     Raises:
         UserError: no image, none that can be read, one smaller than the crop, or no space.
@@ -322,41 +392,44 @@ def load_images(
     if cache_dir is None and not os.access(dataroot, os.W_OK):
         try:
             cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wae"
-        except RuntimeError:
-            raise UserError(f"{dataroot} cannot be written: name a --cache_dir") from None
+            make_folder(cache_dir)
+        except (RuntimeError, UserError) as error:
+            hint = "name a --cache_dir for the decoded images"
+            raise UserError(f"--dataroot={dataroot} cannot be written: {hint}") from error
     folder = make_folder(cache_dir or dataroot)
-    prefix = f".wae_{size}_{crop}_{digest(dataroot.resolve()) if cache_dir else 'here'}_"
-    target = folder / f"{prefix}{digest(*files)}.npy"
-
-    def usable() -> tuple[np.ndarray, list[str]] | None:
-        found = read_array(target, size, len(files))
-        skipped = Decoded([dataroot / name for name in found[1]], size, crop) if found else []
-        # What could not be read before is tried again: a disk or a permission may be mended.
-        return found if all(skipped[i] is None for i in range(len(skipped))) else None
-
-    found = usable()
-    if found is None:
-        with lock(target.with_suffix(".lock"), wait=True):
-            found = usable()
-            if found is None:
-                if target.exists():
-                    warn(f"{target} is damaged or out of date: the images are decoded again")
-                build_array(target, dataroot, names, size, crop, workers)
-                found = read_array(target, size, len(files))
-                for outdated in folder.glob(f"*{prefix}*"):
-                    if outdated.stem != target.stem:
-                        outdated.unlink(missing_ok=True)
-    array, skipped = found
-    if skipped:
-        some = ", ".join(skipped[:10]) + (", ..." if len(skipped) > 10 else "")
-        warn(f"skipped {len(skipped)} of {len(names)} images that cannot be read: {some}")
-    # Times are left out: the same images may have been copied.
-    return array, digest(*((name, n_bytes) for name, n_bytes, _ in files), *skipped)
+    home = digest(dataroot.resolve()) if cache_dir else "here"
+    prefix = f".wae_{size}_{channels}_{crop}_{home}"
+    target, shape = folder / f"{prefix}_{digest(*files)}.npy", (size, size, channels)
+    # One lock for all versions of the array: who holds it may remove those that are outdated.
+    with lock(folder / f"{prefix}.lock", wait=True):
+        found = read_array(target, len(files), shape)
+        if found is None:
+            if target.exists():
+                warn(f"{target} is damaged or out of date: the images are decoded again")
+            images = Decoded([dataroot / name for name in names], size, crop, channels)
+            build_array(target, images, names, workers)
+            found = read_array(target, len(files), shape)
+            for old in folder.glob(f"*{prefix}_*"):
+                if old.stem != target.stem:
+                    old.unlink(missing_ok=True)
+    array, notes = found
+    if skipped := notes["skipped"]:
+        some = ", ".join(list(skipped)[:10]) + (", ..." if len(skipped) > 10 else "")
+        reason = next(iter(skipped.values()))
+        warn(
+            f"skipped {len(skipped)} of {len(names)} images that cannot be read: {some} ({reason})"
+        )
+    if 2 * notes["too_large"] > len(names):
+        warn(
+            f"most images are more than twice as large as the crop of {crop} x {crop} pixels; "
+            "--dataset=folder takes the largest central square"
+        )
+    return array, [name for name in names if name not in skipped], notes["digest"]
 
 
 def default_n_test(n_images: int) -> int:
     """Held-out images by default: a tenth, at most as many as CelebA's official test partition."""
-    return max(2, min(n_images // 10, CELEBA_TEST_IMAGES))
+    return min(n_images, max(2, min(n_images // 10, CELEBA_TEST_IMAGES)))
 
 
 def put_on_device(images: np.ndarray, device: torch.device) -> Images:
@@ -377,7 +450,7 @@ def epoch_order(n_images: int, seed: int, epoch: int) -> np.ndarray:
 def batches(
     images: Images, indices: Iterable[np.ndarray], device: torch.device, ahead: int = 3
 ) -> Iterator[Tensor]:
-    """Batches images[i] for each array of indices i: uint8 (n, S, S, 3) on the device.
+    """Batches images[i] for each array of indices i: uint8 (n, S, S, C) on the device.
 
     From memory-mapped images a thread gathers `ahead` batches in advance, into pinned memory when
     they go to a GPU.
@@ -387,7 +460,7 @@ def batches(
             yield images[torch.from_numpy(index).to(device, non_blocking=True)]
         return
 
-    def gather(index: np.ndarray) -> Tensor:
+    def read(index: np.ndarray) -> Tensor:
         batch = torch.from_numpy(images[index])
         return batch.pin_memory() if device.type == "cuda" else batch
 
@@ -395,7 +468,7 @@ def batches(
         queue: deque = deque()
         try:
             for index in indices:
-                queue.append(thread.submit(gather, index))
+                queue.append(thread.submit(read, index))
                 if len(queue) > ahead:
                     yield queue.popleft().result().to(device, non_blocking=True)
             while queue:
@@ -405,13 +478,13 @@ def batches(
 
 
 def from_uint8(batch: Tensor, symmetric: bool) -> Tensor:
-    """Pixels (n, S, S, 3) as float32 (n, 3, S, S) in [0, 1] or, if `symmetric`, in [-1, 1]."""
+    """Pixels (n, S, S, C) as float32 (n, C, S, S) in [0, 1] or, if `symmetric`, in [-1, 1]."""
     x = batch.permute(0, 3, 1, 2).float()
     return x.div_(127.5).sub_(1) if symmetric else x.div_(255)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Images (n, 3, S, S) in [0, 1] as pixels (n, S, S, 3)."""
+    """Images (n, C, S, S) in [0, 1] as pixels (n, S, S, C)."""
     return (images.clamp(0, 1) * 255 + 0.5).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
@@ -433,34 +506,28 @@ def n_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def cpu_has_bfloat16() -> bool:
+    """Whether the CPU has instructions for bfloat16; without, it is much slower than float32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @dataclass(frozen=True)
 class World:
-    """This process among those that train together, and its device."""
+    """Rank, number of processes and device of this process."""
 
     rank: int
     size: int
     device: torch.device
 
-    @property
-    def is_main(self) -> bool:
-        """Whether this process is the one that writes."""
-        return self.rank == 0
 
-
-def started_by_torchrun() -> bool:
-    """Whether all of torchrun's variables are set; other programs set some of them."""
-    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    return names <= os.environ.keys()
-
-
-def is_main_process() -> bool:
-    """Whether this process is the one that speaks, also before it has joined the others."""
-    return not started_by_torchrun() or os.environ["RANK"] == "0"
+def is_main() -> bool:
+    """Whether this is rank 0, which writes and speaks; also before it has joined the others."""
+    return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
 def get_world(cuda: bool, gpu_id: int) -> World:
     """This process's place and device. Raises UsageError: no GPU, or not the one asked for."""
-    if not started_by_torchrun():
+    if not dist.is_torchelastic_launched():
         return World(0, 1, pick_device(cuda, gpu_id))
     rank, local_rank, size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     end_with_parent()
@@ -469,10 +536,14 @@ def get_world(cuda: bool, gpu_id: int) -> World:
 
 def join(world: World) -> None:
     """Joins the other processes, if there are any: by NCCL on GPUs, by gloo on CPUs."""
-    if started_by_torchrun():
-        cuda = world.device.type == "cuda"
-        device = world.device if cuda else None
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device)
+    if not dist.is_torchelastic_launched():
+        return
+    cuda = world.device.type == "cuda"
+    # While it waits for the others, which is not in Python, only the default action ends it.
+    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    dist.init_process_group("nccl" if cuda else "gloo", device_id=world.device if cuda else None)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def end_with_parent() -> None:
@@ -485,13 +556,6 @@ def end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def wait_for_torchrun() -> None:
-    """Gives torchrun time to end this process, if another one has failed before and said why."""
-    if started_by_torchrun():
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(30)
 
 
 def leave_world() -> None:
@@ -535,12 +599,12 @@ def gather(x: Tensor, world: World) -> Tensor:
     return Gather.apply(x) if world.size > 1 else x
 
 
-def all_equal(value: Any, world: World) -> bool:
-    """Whether all processes have the same value."""
+def all_values(value: Any, world: World) -> list[Any]:
+    """The value that each process has, in rank order."""
     values = [value] * world.size
     if world.size > 1:
         dist.all_gather_object(values, value)
-    return all(other == value for other in values)
+    return values
 
 
 def average(values: Tensor, world: World) -> Tensor:
@@ -551,19 +615,92 @@ def average(values: Tensor, world: World) -> Tensor:
     return values
 
 
+class Recorded:
+    """`step(*inputs)`, recorded as a CUDA graph at the fourth call and replayed from then on.
+
+    Python launches the kernels of a step one by one, and a large GPU is done sooner than Python:
+    it waits most of the time. A graph launches them all at once. The first calls are ordinary ones,
+    on a stream of their own, as recording needs it; in them cuDNN and the compiler make their
+    choices. If the step cannot be recorded, it says so once and stays as it is.
+
+    Args:
+        step: takes tensors of always the same shapes and returns one. It must not wait for the GPU,
+            and finds all else that changes at one place in memory.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, step: Callable[..., Tensor]):
+        self.step, self.calls, self.graph = step, 0, None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls <= self.WARM_UP:
+            return self.warm_up(*inputs)
+        if self.calls == self.WARM_UP + 1:
+            self.record(*inputs)
+        if self.graph is None:
+            return self.step(*inputs)
+        for recorded, new in zip(self.inputs, inputs, strict=True):
+            recorded.copy_(new)
+        self.graph.replay()
+        return self.output.clone()
+
+    def warm_up(self, *inputs: Tensor) -> Tensor:
+        """An ordinary call, on another stream."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            output = self.step(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        return output
+
+    def record(self, *inputs: Tensor) -> None:
+        """Records the step, which does not run it; `graph` stays None if that fails."""
+        self.inputs = [tensor.clone() for tensor in inputs]
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                self.output = self.step(*self.inputs)
+            self.graph = graph
+        except RuntimeError as error:
+            # The first error says why; what ends the recording then fails, too, and leaves behind
+            # its stream and a generator that counts for the graph.
+            torch.cuda.set_stream(stream)
+            generator = torch.cuda.default_generators[stream.device.index]
+            generator.graphsafe_set_state(torch.Generator(stream.device).graphsafe_get_state())
+            reason = str(error.__context__ or error).splitlines()[0]
+            warn(f"the step is not recorded as a CUDA graph, and so it is slower: {reason}")
+
+
 # --------------------------------------------------------------------------------------------------
 # Signals and messages
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def handle_signals(handler: Callable[[int, Any], None]) -> None:
+    """Sets the handler of Ctrl-C, SIGTERM and a closed terminal, which nohup lets be ignored."""
+    for number in SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def tell(message: str) -> None:
+    """Writes a line from a signal handler: at once, and whether anybody reads it or not."""
+    if is_main():
+        with contextlib.suppress(OSError):
+            os.write(2, f"\nmain.py: {message}\n".encode())
 
 
 def exit_at_once(signum: int, _frame: object) -> None:
     """Ends the program, as a signal handler. No file is half-written, so nothing is cleaned up."""
-    if is_main_process():
-        os.write(2, b"\nmain.py: interrupted\n")
+    tell("interrupted")
     os._exit(128 + signum)
 
 
 class Stop:
-    """Notes the first SIGINT or SIGTERM, so that a step can end with a checkpoint.
+    """Notes the first signal, so that a step can end with a checkpoint.
 
     A second signal ends the program at once; not so under torchrun, which passes on what a terminal
     sends to all processes anyway.
@@ -571,22 +708,19 @@ class Stop:
 
     def __init__(self) -> None:
         self.signum = 0
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.note)
+        handle_signals(self.note)
 
     def note(self, signum: int, _frame: object) -> None:
         self.signum = self.signum or signum
-        message = b"stopping soon"
-        if not started_by_torchrun():
+        if dist.is_torchelastic_launched():
+            tell("stopping soon")
+        else:
             self.close()
-            message = b"stopping after this step; Ctrl-C again stops at once"
-        if is_main_process():
-            os.write(2, b"\nmain.py: %s\n" % message)
+            tell("stopping after this step; Ctrl-C again stops at once")
 
     def close(self) -> None:
         """Lets the next signal end the program."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, exit_at_once)
+        handle_signals(exit_at_once)
 
     def agreed(self, world: World) -> int:
         """The signal that any process got, or 0; all processes call this at the same step."""
@@ -598,13 +732,20 @@ class Stop:
 
 
 class Output:
-    """A text stream that drops what it cannot write: a closed pipe must not end a training."""
+    """A text stream that drops what it cannot write: a closed terminal must not end a training.
+
+    In a file, a progress bar is one line after another.
+    """
 
     def __init__(self, stream: TextIO | None):
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
-        self.stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        if hasattr(self.stream, "reconfigure"):  # not so in a notebook
+            self.stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
     def write(self, text: str) -> int:
+        if text.startswith("\r") and not self.stream.isatty():
+            bar = text.strip()
+            text = bar and bar + "\n"
         with contextlib.suppress(OSError):
             self.stream.write(text)
         return len(text)
@@ -617,10 +758,21 @@ class Output:
         return getattr(self.stream, name)
 
 
+def progress(items: Iterable, name: str, total: int, **options: Any) -> tqdm:
+    """The items, with a progress bar; a line a minute where standard error is no terminal."""
+    interval = 0.1 if sys.stderr.isatty() else 60
+    return tqdm(items, name, total, disable=not is_main(), mininterval=interval, **options)
+
+
+def printable(text: str) -> str:
+    """The text as one line, whatever the file names in it are."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
 def warn(message: str) -> None:
     """Prints a line to standard error, clear of the progress bar, in the main process."""
-    if is_main_process():
-        tqdm.write(f"main.py: {message}", file=sys.stderr)
+    if is_main():
+        tqdm.write(f"main.py: {printable(message)}", file=sys.stderr)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -635,8 +787,11 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         file.write(content.getbuffer())
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, *needed: str) -> dict[str, Any]:
     """Reads a checkpoint to the CPU: tensors and plain values only, so that no code is executed.
+
+    Args:
+        needed: keys that it must have.
 
     Raises:
         UserError: no such file, or not a checkpoint.
@@ -646,38 +801,23 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.load warns about files that it does not know
-            state = torch.load(path, map_location="cpu", weights_only=True)
-        sound = all(isinstance(state[name], kind) for name, kind in CHECKPOINT_KINDS.items())
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch.load and pickle fail on broken files in many ways
         name = type(error).__name__
         raise UserError(f"{path}: not a whole checkpoint of this program ({name})") from error
-    if not sound or state["step"] < 0:
+    if not isinstance(state, dict) or not set(needed) <= state.keys():
         raise UserError(f"{path}: not a checkpoint of this program")
     return state
 
 
-def load_adam(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Copies the moments of an Adam; its settings stay. Raises ValueError if they do not fit."""
-    saved, mine = state["state"], optimizer.state_dict()
-    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-    moments = {}
-    for i, weight in enumerate(weights):
-        moments[i] = {"step": torch.tensor(float(saved[i]["step"]))}
-        for name in ("exp_avg", "exp_avg_sq"):
-            if saved[i][name].shape != weight.shape:
-                raise ValueError(f"{name} of another shape")
-            # The fused Adam relies on the memory layout of the weight.
-            moments[i][name] = torch.empty_like(weight).copy_(saved[i][name])
-    optimizer.load_state_dict(mine | {"state": moments})
-
-
-def weights_are_sound(networks: Iterable[nn.Module]) -> bool:
-    """Whether all weights and statistics are finite and of a plausible size."""
-    tensors = [t for network in networks for t in network.state_dict().values()]
-    largest = torch.stack([t.abs().max().float() for t in tensors if t.is_floating_point()]).max()
-    return bool(largest < LARGEST_WEIGHT)  # not so for nan
+def weights_are_sound(state: dict[str, Any]) -> bool:
+    """Whether all numbers in the tensors of a (nested) state are finite and below 1e6."""
+    tensors = [value for value in state.values() if isinstance(value, Tensor)]
+    largest = [t.abs().max().float() for t in tensors if t.is_floating_point()]
+    sound = not largest or bool(torch.stack(largest).max() < LARGEST_WEIGHT)  # not so for nan
+    return sound and all(weights_are_sound(v) for v in state.values() if isinstance(v, dict))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -743,7 +883,7 @@ class Log:
 
 
 def grid(images: Tensor, columns: int) -> Image.Image:
-    """A picture of images (N, 3, S, S) in [0, 1], row by row."""
+    """A picture of images (N, C, S, S) in [0, 1], row by row."""
     canvas = make_grid(images.clamp(0, 1), nrow=columns, padding=2, pad_value=1)
     return Image.fromarray(to_uint8(canvas[None])[0])
 
@@ -755,10 +895,18 @@ def save_picture(path: Path, picture: Image.Image) -> None:
 
 
 def write_images(folder: Path, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Passes on batches of images (n, 3, S, S) in [0, 1], and writes them as 00000.png and on.
+    """Passes on batches of images (n, C, S, S) in [0, 1], and writes them as 00000.png and on.
 
     They take the place of the folder when the last one is written; until then it stays as it is.
+
+    Raises:
+        UserError: the folder has other files than such images, or cannot be written.
     """
+    folder = folder.resolve()  # a link may lead to a larger disk
+    if folder.exists():
+        for path in folder.iterdir():
+            if not re.fullmatch(r"\d{5,}\.png", path.name):
+                raise UserError(f"{path} is not of this program; move it, or choose another --outf")
     new, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -768,7 +916,7 @@ def write_images(folder: Path, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         for pixels in to_uint8(images):
             path = new / f"{count:05d}.png"
             with writing(path):
-                Image.fromarray(pixels).save(path)
+                Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
             count += 1
         yield images
     with writing(folder):
@@ -790,44 +938,32 @@ def scatter(first: np.ndarray, second: np.ndarray) -> Image.Image:
 
 
 # --------------------------------------------------------------------------------------------------
-# Metrics
-
-
-def sharpness(images: Tensor) -> Tensor:
-    """Variance of each image after a Laplace filter, for images (N, 3, S, S) in [0, 1], as (N,).
-
-    The paper's measure of blur (section 4), on grey values: a blurred image has weak edges.
-    """
-    grey = torch.tensor([0.299, 0.587, 0.114], device=images.device).view(1, 3, 1, 1)
-    laplace = torch.tensor([[0.0, 1, 0], [1, -4, 1], [0, 1, 0]], device=images.device)
-    filtered = F.conv2d((images * grey).sum(1, keepdim=True), laplace.view(1, 1, 3, 3))
-    return filtered.flatten(1).var(1, correction=0)
+# The network of the Frechet inception distance
 
 
 class Inception:
-    """The network of the Frechet inception distance, by the optional package pytorch-fid.
+    """Features of images, by the optional package pytorch-fid.
 
     Raises:
-        UserError: its weights cannot be downloaded.
+        UserError: the weights cannot be downloaded.
     """
 
     def __init__(self, device: torch.device):
-        from pytorch_fid.fid_score import calculate_frechet_distance
-        from pytorch_fid.inception import InceptionV3
+        from pytorch_fid import inception
 
-        self.distance, self.device = calculate_frechet_distance, device
+        self.device, network = device, inception.InceptionV3
         try:
-            self.network = InceptionV3([InceptionV3.BLOCK_INDEX_BY_DIM[2048]]).to(device).eval()
+            self.network = network([network.BLOCK_INDEX_BY_DIM[2048]]).to(device).eval()
         except (OSError, RuntimeError) as error:
-            raise UserError(f"--fid: no weights of the Inception network: {error}") from error
+            url, folder = inception.FID_WEIGHTS_URL, f"{torch.hub.get_dir()}/checkpoints"
+            hint = f"download {url} by hand and put it into {folder}"
+            raise UserError(
+                f"--fid: no weights of the Inception network: {error}; {hint}"
+            ) from error
 
     @torch.no_grad()
-    def features(self, images: Tensor) -> np.ndarray:
-        """Features (n, 2048) of images (n, 3, S, S) in [0, 1], seen as the PNG files have them."""
+    def features(self, images: Tensor) -> Tensor:
+        """Features (n, 2048) of images (n, C, S, S) in [0, 1], seen as the PNG files have them."""
         pixels = torch.from_numpy(to_uint8(images)).to(self.device)
-        return self.network(from_uint8(pixels, False))[0].flatten(1).cpu().numpy()
-
-    def fid(self, a: np.ndarray, b: np.ndarray) -> float:
-        """The distance between two sets of features, (N, 2048) and (M, 2048)."""
-        moments = [m for f in (a, b) for m in (f.mean(0), np.cov(f, rowvar=False))]
-        return float(self.distance(*moments))
+        x = from_uint8(pixels, symmetric=False)
+        return self.network(x.expand(-1, 3, -1, -1))[0].flatten(1)
