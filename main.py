@@ -33,6 +33,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed import is_torchelastic_launched
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
@@ -50,7 +51,7 @@ COLUMNS = ("epoch", "step", *LOSSES, "lr", "images_per_s", *METRICS)
 PAPER_EPOCHS = 55  # the length of run that the paper's schedule of learning rates is made for
 BATCH_NORM_BATCHES = 100  # that batch norm is re-estimated from at an epoch's end
 N_MIXTURE = 10  # Gaussians in the mixture that is fitted to the codes (Ghosh et al., ICLR 2020)
-GPU_BATCH = 1024  # images that are encoded or decoded at a time in an evaluation on a GPU
+GPU_BATCH = 1024  # images, at least, that a GPU encodes or decodes at a time in an evaluation
 DIVERGED_HINT = "try a lower --lr in another --outf; a checkpoint written before is intact"
 
 MODE_DEFAULTS = {
@@ -170,7 +171,7 @@ def get_parser() -> argparse.ArgumentParser:
     add("--lr", type=positive, default=0.0003,
         help="learning rate of encoder and decoder (default: 0.0003)")
     add("--lr_adv", type=positive, help="gan: that of the discriminator (default: 3 x lr)")
-    add("--beta1", type=number(float, 0), default=0.5,
+    add("--beta1", type=number(float, 0, 0.9999), default=0.5,
         help="Adam's decay of the first moment, below 1 (default: 0.5)")
     add("--lr_schedule", default="paper", choices=("paper", "scaled", "constant"),
         help="paper: multiply learning rates by 0.5, 0.1 and 0.01 after epochs 30, 50 and 100; "
@@ -275,35 +276,25 @@ def complete(flags: argparse.Namespace) -> argparse.Namespace:
 
 def check(flags: argparse.Namespace) -> argparse.Namespace:
     """The flags. Raises UsageError where they contradict each other or this machine."""
-    if flags.dataroot is None and not flags.generate:
-        raise UsageError("--dataroot is required: the folder with the folders of images")
     if not flags.generate:
+        if flags.dataroot is None:
+            raise UsageError("--dataroot is required: the folder with the folders of images")
         outf, dataroot = flags.outf.resolve(), flags.dataroot.resolve()
-        if outf.is_relative_to(dataroot):
-            raise UsageError(
-                f"--outf={flags.outf} is inside --dataroot={flags.dataroot}: its pictures would "
-                "become training images; choose another"
-            )
-        if dataroot.is_relative_to(outf / "eval"):
-            raise UsageError(
-                f"--dataroot={flags.dataroot} is inside --outf={flags.outf}, where an evaluation "
-                "would replace it; choose another --outf"
-            )
+        # Pictures would become training images, and an evaluation replaces what is in OUTF/eval.
+        if outf.is_relative_to(dataroot) or dataroot.is_relative_to(outf / "eval"):
+            pair = f"--outf={flags.outf} and --dataroot={flags.dataroot}"
+            raise UsageError(f"{pair}: one is inside the other; choose another --outf")
     if flags.mode == "vae" and flags.noise != "gaussian":
         raise UsageError(f"--noise={flags.noise}: --mode=vae needs --noise=gaussian")
     if flags.nowozin_trick and flags.mode != "gan":
         raise UsageError("--nowozin_trick is for --mode=gan: there is no discriminator otherwise")
-    if flags.beta1 >= 1:
-        raise UsageError(f"--beta1={flags.beta1} must be below 1")
-    if flags.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise UsageError("--tensorboard: TensorBoard is not installed; pip install tensorboard")
-    if flags.fid and importlib.util.find_spec("pytorch_fid") is None:
-        raise UsageError("--fid: pytorch-fid is not installed; pip install pytorch-fid")
-    launched = torch.distributed.is_torchelastic_launched()
-    here = int(os.environ["LOCAL_WORLD_SIZE"]) if launched else flags.ngpu
-    if flags.cuda and here > max(1, n_gpus := torch.cuda.device_count()):
-        raise UsageError(f"{here} processes with --cuda: there are {n_gpus} GPUs here")
-    size = int(os.environ["WORLD_SIZE"]) if launched else flags.ngpu
+    for flag, package in (("tensorboard", "tensorboard"), ("fid", "pytorch_fid")):
+        if getattr(flags, flag) and importlib.util.find_spec(package) is None:
+            name = package.replace("_", "-")
+            raise UsageError(f"--{flag}: {name} is not installed; pip install {name}")
+    if flags.cuda and flags.ngpu > max(1, torch.cuda.device_count()):
+        raise UsageError(f"--ngpu={flags.ngpu}: there are {torch.cuda.device_count()} GPUs here")
+    size = int(os.environ["WORLD_SIZE"]) if is_torchelastic_launched() else flags.ngpu
     if flags.batch_size % size or flags.batch_size < 2 * size:
         raise UsageError(f"--batch_size={flags.batch_size} cannot be shared by {size} processes")
     return flags
@@ -343,6 +334,8 @@ class Run:
             self.amp = False
         self.step, self.best, self.log = 0, math.inf, ""
         self.best_state: dict[str, Any] | None = None  # until the next checkpoint is written
+        # Images that are encoded or decoded at a time in an evaluation.
+        self.eval_batch = max(flags.batch_size, GPU_BATCH if flags.cuda else 0)
         utils.set_seed(flags.seed, "weights")
         self.net: nn.Module = build_network(flags)
         self.networks = {"net": self.net}
@@ -361,11 +354,9 @@ class Run:
         several = partial(DistributedDataParallel, device_ids=gpus)
         ddp = {k: several(net) if world.size > 1 else net for k, net in self.networks.items()}
         self.ddp_net, self.ddp_discriminator = ddp["net"], ddp.get("discriminator")
-        self.exact_mmd, self.sampled_mmd = model.exact_mmd, model.sampled_mmd
+        self.mmd = model.exact_mmd if flags.mmd == "exact" else model.sampled_mmd
         if flags.compile:
-            self.ddp_net = torch.compile(self.ddp_net)
-            self.exact_mmd = torch.compile(self.exact_mmd)
-            self.sampled_mmd = torch.compile(self.sampled_mmd)
+            self.ddp_net, self.mmd = torch.compile(self.ddp_net), torch.compile(self.mmd)
 
         self.rates, self.rate_factor = {"net": flags.lr, "discriminator": flags.lr_adv}, 1.0
         self.optimizers = {
@@ -453,15 +444,15 @@ class Run:
             raise UserError("the checkpoint's weights are not finite, or above 1e6")
 
 
-def train_step(run: Run, x: Tensor, prior: Tensor | None = None) -> Tensor:
+def train_step(run: Run, x: Tensor, *prior: Tensor) -> Tensor:
     """One step of Algorithm 1 (gan) or 2 (mmd) of the paper, or of a VAE.
 
     Does not wait for the GPU, except where batch norm is synchronised.
 
     Args:
         x: this process's images x_1 ... x_n of the batch, (n, C, S, S).
-        prior: samples z_1 ... z_N of the prior for the batch of all processes, (N, nz), if
-            `run.needs_prior`.
+        prior: if `run.needs_prior`, samples z_1 ... z_N of the prior for the batch of all
+            processes, (N, nz).
 
     Returns:
         Reconstruction cost, penalty and the discriminator's loss, (3,).
@@ -474,7 +465,7 @@ def train_step(run: Run, x: Tensor, prior: Tensor | None = None) -> Tensor:
 
     if flags.mode == "gan":
         # Algorithm 1: update D by ascending LAMBDA/n sum_i log D(z_i) + log(1 - D(z~_i)) ...
-        z = prior.chunk(world.size)[world.rank]
+        z = prior[0].chunk(world.size)[world.rank]
         both = torch.cat([z, codes.detach()])
         logits_prior, logits_codes = run.ddp_discriminator(both).chunk(2)
         loss_d = model.discriminator_loss(logits_prior, logits_codes)
@@ -488,10 +479,7 @@ def train_step(run: Run, x: Tensor, prior: Tensor | None = None) -> Tensor:
         # where the expectation over z replaces the samples z_i unless --mmd=sampled.
         all_codes = utils.gather(codes, world)
         kernel = model.Kernel(flags.kernel, flags.pz_scale, flags.imq_scales, flags.quadratic)
-        if flags.mmd == "exact":
-            penalty = run.exact_mmd(all_codes, kernel)
-        else:
-            penalty = run.sampled_mmd(all_codes, prior, kernel)
+        penalty = run.mmd(all_codes, kernel, *prior)
     else:
         # VAE: update Q and G by descending 1/n sum_i c(x_i, G(z~_i)) + LAMBDA KL(Q(Z|x_i) || P_Z).
         penalty = model.kl_divergence(mean, log_variance, flags.pz_scale)
@@ -705,14 +693,9 @@ def refresh_batch_norm(run: Run, images: Images, n_batches: int | None = None) -
         update_bn((run.to_input(batch) for batch in batches), run.net)
 
 
-def eval_batch(run: Run) -> int:
-    """Images that are encoded or decoded at a time; on a GPU more, which is faster."""
-    return max(run.flags.batch_size, GPU_BATCH if run.flags.cuda else 0)
-
-
 def batches_in_order(run: Run, images: Images) -> Iterator[Tensor]:
     """Batches of uint8 images, from the first image to the last."""
-    n = eval_batch(run)
+    n = run.eval_batch
     indices = np.split(np.arange(len(images)), range(n, len(images), n))
     return utils.batches(images, indices, run.world.device)
 
@@ -810,8 +793,8 @@ def fit_densities(run: Run, images: Images) -> dict[str, Any]:
 def sample_images(run: Run, name: str, density: Any, n: int) -> Iterator[Tensor]:
     """n decoded samples of a latent density, or of the prior if it is None, in batches."""
     utils.set_seed(run.flags.seed, "samples", name)
-    for first in range(0, n, eval_batch(run)):
-        m = min(n - first, eval_batch(run))
+    for first in range(0, n, run.eval_batch):
+        m = min(n - first, run.eval_batch)
         yield run.decode(density.sample((m,)) if density else run.sample_prior(m))
 
 
@@ -838,7 +821,7 @@ def evaluate(run: Run, data: Data, folders: bool) -> None:
         if folders:
             batches = utils.write_images(outf / "eval" / name, batches)
         sharp, moments = [], model.Moments()
-        n_batches = math.ceil(count / eval_batch(run))
+        n_batches = math.ceil(count / run.eval_batch)
         for images in utils.progress(batches, name, n_batches, unit="batch", leave=False):
             sharp.append(model.sharpness(images))
             if inception:
@@ -848,7 +831,7 @@ def evaluate(run: Run, data: Data, folders: bool) -> None:
 
     test = (utils.from_uint8(batch, False) for batch in batches_in_order(run, data.test))
     real = score("real", len(codes), test)
-    sets = {"reconstructions": (len(codes), map(run.decode, codes.split(eval_batch(run))))}
+    sets = {"reconstructions": (len(codes), map(run.decode, codes.split(run.eval_batch)))}
     for name, density in {"prior": None, **densities}.items():
         sets[f"samples_{name}"] = n, sample_images(run, name, density, n)
     for name, (count, batches) in sets.items():
@@ -951,7 +934,7 @@ def execute(argv: list[str]) -> int:
     flags, checkpoint = get_flags(argv)
     if flags.generate:
         return generate(flags, checkpoint)
-    if flags.ngpu > 1 and not torch.distributed.is_torchelastic_launched():
+    if flags.ngpu > 1 and not is_torchelastic_launched():
         return launch(flags.ngpu, argv)
     world, signum = utils.get_world(flags.cuda, flags.gpu_id), 0
     utils.make_folder(flags.outf)

@@ -372,7 +372,7 @@ def median_bandwidth(codes: Tensor, prior: Tensor) -> Tensor:
     return squared_distances(points, points)[i, j].median().clamp(min=1e-12)
 
 
-def sampled_mmd(codes: Tensor, prior: Tensor, kernel: Kernel) -> Tensor:
+def sampled_mmd(codes: Tensor, kernel: Kernel, prior: Tensor) -> Tensor:
     """Unbiased estimate of MMD^2 between the codes and the prior (Algorithm 2); a scalar.
 
     For codes q and prior samples p, (N, nz) each, and a kernel k:

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -285,7 +286,7 @@ def start_worker(_number: int) -> None:
 
 
 def build_array(target: Path, images: Decoded, names: list[str], workers: int) -> None:
-    """Decodes the images into `target`, a .npy file.
+    """Decodes the images into `target`, a file of their pixels alone.
 
     A .json beside it has the names that are skipped, with the reason, a digest of names and file
     contents, and how many images are more than twice as large as the crop.
@@ -294,28 +295,25 @@ def build_array(target: Path, images: Decoded, names: list[str], workers: int) -
         UserError: no image can be read, one is smaller than the crop, there is no space, or a
             worker ends.
     """
-    n, shape = len(names), (images.size, images.size, images.channels)
-    n_bytes, free = n * int(np.prod(shape)), shutil.disk_usage(target.parent).free
+    n, free = len(names), shutil.disk_usage(target.parent).free
+    n_bytes = n * images.size**2 * images.channels
     need = f"{n} decoded images take {n_bytes / 1e9:.1f} GB in {target.parent}"
     if n_bytes > free:
         raise UserError(f"{need}, where {free / 1e9:.1f} GB are free; name another --cache_dir")
     if n_bytes > LARGE_ARRAY:
         warn(f"{need}, and on a GPU if they fit into half of its free memory")
-    workers = min(workers, -(-n // 64))
-    loader = DataLoader(
-        images, 64, num_workers=workers, collate_fn=list, worker_init_fn=start_worker
-    )
     skipped, checksums, too_large = {}, [], 0
-
-    def write_header(file: BinaryIO, n: int) -> None:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (n, *shape)}
-        np.lib.format.write_array_header_1_0(file, header)
-
-    with atomic_write(target) as file:
-        write_header(file, n)
-        try:
-            items = (item for batch in loader for item in batch)
-            bar = progress(zip(names, items, strict=True), "decoding once", n, unit="img")
+    try:
+        loader = DataLoader(
+            images,
+            batch_size=64,
+            num_workers=min(workers, -(-n // 64)),
+            collate_fn=list,
+            worker_init_fn=start_worker,
+        )
+        items = (item for batch in loader for item in batch)
+        bar = progress(zip(names, items, strict=True), "decoding once", n, unit="img")
+        with atomic_write(target) as file:
             for name, (pixels, checksum, is_large) in bar:
                 if isinstance(pixels, UserError):
                     raise pixels
@@ -325,17 +323,13 @@ def build_array(target: Path, images: Decoded, names: list[str], workers: int) -
                     skipped[name] = str(pixels)
                 else:
                     file.write(pixels.tobytes())
-        except RuntimeError as error:  # of the DataLoader, if the system has killed a worker
-            hint = "use fewer --workers, or --workers=0"
-            raise UserError(f"a process that decodes has ended, out of memory? {hint}") from error
-        if len(skipped) == n:
-            reason = next(iter(skipped.values()))
-            raise UserError(f"none of the {n} images in {target.parent} can be read: {reason}")
-        # NumPy pads the header, so that one of fewer images has the same length.
-        file.seek(0)
-        write_header(file, n - len(skipped))
-        notes = {"skipped": skipped, "digest": digest(*zip(names, checksums, strict=True))}
-        write_json(target.with_suffix(".json"), notes | {"too_large": too_large})
+            if len(skipped) == n:
+                raise UserError(f"none of the {n} images can be read: {names[0]} ({pixels})")
+            notes = {"skipped": skipped, "digest": digest(*zip(names, checksums, strict=True))}
+            write_json(target.with_suffix(".json"), notes | {"too_large": too_large})
+    except (OSError, RuntimeError) as error:  # of the DataLoader: the system has its limits
+        hint = "use fewer --workers, or --workers=0"
+        raise UserError(f"the processes that decode cannot go on ({error}); {hint}") from error
 
 
 def read_array(
@@ -344,20 +338,21 @@ def read_array(
     """What `build_array` wrote: the array, memory-mapped, and the notes. None if damaged.
 
     Raises:
-        UserError: the array cannot be mapped into memory.
+        UserError: the array cannot be read or mapped into memory.
     """
     try:
         notes = json.loads(target.with_suffix(".json").read_text())
-        array = np.load(target, mmap_mode="r")
-        whole = array.dtype == np.uint8 and array.shape == (n_files - len(notes["skipped"]), *shape)
-        return (array, notes) if whole and "too_large" in notes else None
+        shape = (n_files - len(notes["skipped"]), *shape)
+        if target.stat().st_size == math.prod(shape):
+            return np.memmap(target, np.uint8, "r", shape=shape), notes
     except FileNotFoundError:
         return None
     except OSError as error:
-        what = f"cannot read {target} or map it into memory"
-        raise UserError(f"{what}: {error.strerror or error}; name another --cache_dir") from error
-    except Exception:  # NumPy fails on broken files in many ways
-        return None
+        hint = "name another --cache_dir"
+        raise UserError(f"cannot map {target} into memory ({error}): {hint}") from error
+    except (ValueError, KeyError, TypeError):
+        pass
+    return None
 
 
 def load_images(
@@ -373,9 +368,9 @@ def load_images(
 
     The array, uint8 (N, size, size, channels), is built on first use and mapped into memory ever
     after. It is a hidden file in `dataroot` or `cache_dir` or, if `dataroot` cannot be written, in
-    the user's cache folder. Its name has a digest of names, sizes and times of the files, so that it
-    is built again when they change. Any number of processes may ask for it at once. The digest that
-    is returned is of names and contents, and so a copy has the same.
+    the user's cache folder. Its name has a digest of names, sizes and times of the files, so that
+    it is built again when they change. Any number of processes may ask for it at once. The digest
+    that is returned is of names and contents, and so a copy has the same.
 
     Args:
         dataset: `celebA` takes the central 140 pixels, `folder` the largest central square.
@@ -399,7 +394,7 @@ def load_images(
     folder = make_folder(cache_dir or dataroot)
     home = digest(dataroot.resolve()) if cache_dir else "here"
     prefix = f".wae_{size}_{channels}_{crop}_{home}"
-    target, shape = folder / f"{prefix}_{digest(*files)}.npy", (size, size, channels)
+    target, shape = folder / f"{prefix}_{digest(*files)}.u8", (size, size, channels)
     # One lock for all versions of the array: who holds it may remove those that are outdated.
     with lock(folder / f"{prefix}.lock", wait=True):
         found = read_array(target, len(files), shape)
@@ -415,10 +410,8 @@ def load_images(
     array, notes = found
     if skipped := notes["skipped"]:
         some = ", ".join(list(skipped)[:10]) + (", ..." if len(skipped) > 10 else "")
-        reason = next(iter(skipped.values()))
-        warn(
-            f"skipped {len(skipped)} of {len(names)} images that cannot be read: {some} ({reason})"
-        )
+        counts = f"{len(skipped)} of {len(names)} images that cannot be read"
+        warn(f"skipped {counts}: {some} ({next(iter(skipped.values()))})")
     if 2 * notes["too_large"] > len(names):
         warn(
             f"most images are more than twice as large as the crop of {crop} x {crop} pixels; "
@@ -758,10 +751,11 @@ class Output:
         return getattr(self.stream, name)
 
 
-def progress(items: Iterable, name: str, total: int, **options: Any) -> tqdm:
+def progress(items: Iterable, name: str, total: int, leave: bool = True, **options: Any) -> tqdm:
     """The items, with a progress bar; a line a minute where standard error is no terminal."""
-    interval = 0.1 if sys.stderr.isatty() else 60
-    return tqdm(items, name, total, disable=not is_main(), mininterval=interval, **options)
+    tty = sys.stderr.isatty()
+    options |= {"disable": not is_main(), "mininterval": 0.1 if tty else 60, "leave": tty and leave}
+    return tqdm(items, name, total, **options)
 
 
 def printable(text: str) -> str:
