@@ -4,6 +4,7 @@
 # bash run.sh demo [FLAG ...]  trains two small models on toy faces, on the CPU, in a few minutes
 # bash run.sh test [ARG ...]   lints, and runs the tests
 # FLAGs go to main.py, ARGs to pytest. The same command again continues what was interrupted.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@" # as in `sh run.sh`
 set -euo pipefail
 CDPATH= cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")"
 
@@ -43,9 +44,9 @@ reproduce)
 paper)
     celeba
     train=(python3 main.py --dataroot=data/celebA --cuda --arch=paper --input_normalize_sym --pz_scale=1.4142)
-    "${train[@]}" --mode=vae --lr=0.0001 --outf=paper_outputs/vae "${@:2}"
-    "${train[@]}" --mode=mmd --noise=add_noise --LAMBDA=100 --imq_scales=1 --lr=0.001 --e_pretrain \
-        --outf=paper_outputs/mmd "${@:2}"
+    "${train[@]}" --mode=vae --lr=0.0001 --niter=68 --outf=paper_outputs/vae "${@:2}"
+    "${train[@]}" --mode=mmd --noise=add_noise --LAMBDA=100 --mmd=sampled --imq_scales=1 --lr=0.001 \
+        --e_pretrain --outf=paper_outputs/mmd "${@:2}"
     "${train[@]}" --mode=gan --noise=add_noise --LAMBDA=1 --lr=0.0003 --lr_adv=0.001 --e_pretrain \
         --outf=paper_outputs/gan "${@:2}"
     ;;
