@@ -795,7 +795,7 @@ def load_checkpoint(path: Path, *needed: str) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch.load warns about files that it does not know
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # torch.load and pickle fail on broken files in many ways
@@ -826,12 +826,7 @@ class Log:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        columns: Sequence[str],
-        text: str = "",
-        step: int = 0,
-        tensorboard: bool = False,
+        self, folder: Path, columns: Sequence[str], text: str, step: int, tensorboard: bool
     ):
         self.path, self.columns = folder / "log.csv", columns
         self.text = text or ",".join(columns) + "\n"
@@ -849,13 +844,11 @@ class Log:
 
     def add(self, **values: float) -> None:
         """Appends a row; columns without a value stay empty."""
-        line = io.StringIO()
-        csv.DictWriter(line, self.columns, lineterminator="\n").writerow(
-            {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
-        )
-        self.text += line.getvalue()
+        cells = (values.get(name, "") for name in self.columns)
+        line = ",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in cells) + "\n"
+        self.text += line
         with writing(self.path), open(self.path, "a") as file:
-            file.write(line.getvalue())
+            file.write(line)
         for name, value in values.items():
             if self.board and name not in ("epoch", "step"):
                 self.board.add_scalar(name, value, values["step"])
