@@ -3,10 +3,10 @@
     python3 tests/kill_and_resume.py --kills=40 --mode=both --seed=0
 
 After each kill the same command is run again. An undisturbed run must leave the same bits: weights
-and optimisers, log (but images_per_s), pictures and metrics. Kills fall anywhere: while a run
-starts, trains or draws, while it writes a checkpoint, and in the final evaluation. Then the same
-with the launcher of two processes. The exit status is 0 if nothing differs. The tests have a short
-form of this.
+and optimisers, log (but images_per_s), pictures, densities and metrics. Kills fall anywhere: while
+a run starts, trains or draws, while it writes a checkpoint, and in the final evaluation. Then the
+same with the launcher of two processes. The exit status is 0 if nothing differs. The tests have a
+short form of this.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def draw_faces(folder: Path, n_images: int = N_IMAGES) -> Path:
 def flags_of(mode: str, data: Path, epochs: int, processes: int = 1) -> list[str]:
     """The command line of the training, less where it writes."""
     flags = [f"--dataroot={data}", f"--mode={mode}", *TINY, f"--niter={epochs}", "--seed=5"]
-    flags += ["--n_samples=1000"]  # so that the evaluation is not over before the kill
+    flags += ["--n_samples=1000", "--lr_schedule=scaled"]  # an evaluation long enough to be killed
     if mode == "gan":
         flags += ["--e_pretrain", "--e_pretrain_iters=3", "--e_pretrain_sample_size=16"]
     return flags + ([f"--ngpu={processes}"] if processes > 1 else [])
@@ -59,11 +59,6 @@ def kill_at_random(run: Program, outf: Path, moment: str, rng: random.Random) ->
     Moments are told by what the run writes, not by the clock: a machine may be slow, or busy.
     """
     half, log = outf / HALF_WRITTEN, outf / "log.csv"
-
-    def next_writing() -> None:
-        before = changed(half)  # left over by an earlier kill
-        run.wait_until(lambda: changed(half) not in (None, before))
-
     if moment == "start":
         time.sleep(rng.uniform(0, 0.5))
     elif moment == "training":
@@ -73,10 +68,11 @@ def kill_at_random(run: Program, outf: Path, moment: str, rng: random.Random) ->
         run.wait_until(lambda: log_lines(outf) >= lines)
         time.sleep(rng.uniform(0, 0.02))
     elif moment == "checkpoint":
-        for _ in range(rng.randrange(3)):  # let some be written
-            next_writing()
-            run.wait_until(lambda: not half.exists())
-        next_writing()
+        for last in [False] * rng.randrange(3) + [True]:  # let some be written
+            before = changed(half)  # left over by an earlier kill
+            run.wait_until(lambda before=before: changed(half) not in (None, before))
+            if not last:
+                run.wait_until(lambda: not half.exists())
         time.sleep(rng.choice([0, rng.uniform(0, 0.01)]))
     else:
         run.wait_until(lambda: "samples_prior: " in run.err)
@@ -137,18 +133,17 @@ def differences(a: Path, b: Path) -> list[str]:
     names = [{path.name for path in folder.iterdir()} - {".lock"} for folder in (a, b)]
     found = [f"{name}: only one has it" for name in sorted(names[0] ^ names[1])]
     for name in sorted(names[0] & names[1]):
-        one, other = a / name, b / name
+        paths = (a / name, b / name)
         if name.endswith(".pth.tar"):
-            found += unequal(*(torch.load(path, weights_only=True) for path in (one, other)), name)
-        elif name == "log.csv":
-            same = without_speed(one.read_text()) == without_speed(other.read_text())
-            found += [] if same else [name]
+            one, other = (torch.load(path, weights_only=True) for path in paths)
         elif name == "args.json":
-            here = {"outf": "", "checkpoint": ""}
-            flags = [json.loads(path.read_text()) | here for path in (one, other)]
-            found += [] if flags[0] == flags[1] else [name]
-        elif one.read_bytes() != other.read_bytes():
-            found += [name]
+            folders = {"outf": "", "checkpoint": ""}
+            one, other = (json.loads(path.read_text()) | folders for path in paths)
+        elif name == "log.csv":
+            one, other = (without_speed(path.read_text()) for path in paths)
+        else:
+            one, other = ("" if path.is_dir() else path.read_bytes() for path in paths)
+        found += unequal(one, other, name)
     return found
 
 
@@ -178,12 +173,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         data = draw_faces(Path(name))
         for mode, kills, processes in series:
-            epochs = kills + 5  # a life between two kills trains about half an epoch
-            folder = Path(name) / f"{mode}{processes}"
-            flags = flags_of(mode, data, epochs, processes)
-            tally, found = compare(folder, flags, kills, args.seed)
+            flags = flags_of(mode, data, epochs=kills + 5, processes=processes)
+            tally, found = compare(Path(name) / f"{mode}{processes}", flags, kills, args.seed)
             counts = ", ".join(f"{what} {n}" for what, n in sorted(tally.items()))
-            print(f"{mode}, {processes} process(es), {epochs} epochs; {counts}")
+            print(f"{mode}, {processes} process(es), {kills + 5} epochs; {counts}")
             print(f"  differ: {', '.join(found)}" if found else "  not a bit differs")
             failed |= bool(found) or tally["kills"] < kills
     return int(failed)

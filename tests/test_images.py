@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -9,6 +10,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -53,9 +55,9 @@ def square(path: Path, size: int = 16) -> np.ndarray:
     return np.asarray(centre.resize((size, size), LANCZOS))
 
 
-def load(root: Path, cache_dir: Path | None = None, workers: int = 0) -> np.ndarray:
-    """Returns the array of a folder, decoded in this process."""
-    return utils.load_images(root, "folder", 16, workers=workers, cache_dir=cache_dir)[0]
+def load(root: Path, cache_dir: Path | None = None, **options: object) -> np.ndarray:
+    """Returns the array of a folder; it is decoded in this process unless `workers` says else."""
+    return utils.load_images(root, size=16, cache_dir=cache_dir, **options)[0]
 
 
 def check(array: np.ndarray, root: Path, without: str = "") -> None:
@@ -66,30 +68,34 @@ def check(array: np.ndarray, root: Path, without: str = "") -> None:
 
 def arrays(folder: Path) -> list[Path]:
     """Returns the arrays that are kept in a folder."""
-    return list(folder.glob(".wae_*.npy"))
+    return list(folder.glob(".wae_*.u8"))
 
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """Counts the images that are decoded from here on."""
-    paths, decode = [], utils.decode_image
+    """The names of the images that are decoded from here on."""
+    names, decode = [], utils.Decoded.__getitem__
 
-    def counted(path: Path, *args: object) -> np.ndarray:
-        paths.append(path)
-        return decode(path, *args)
+    def counted(self: utils.Decoded, i: int) -> object:
+        names.append(self.paths[i].name)
+        return decode(self, i)
 
-    monkeypatch.setattr(utils, "decode_image", counted)
-    return paths
+    monkeypatch.setattr(utils.Decoded, "__getitem__", counted)
+    return names
 
 
-def test_images_are_found_in_folders_in_order_of_their_paths(tmp_path):
+# --------------------------------------------------------------------------------------------------
+# Files and pixels
+
+
+def test_find_images(tmp_path, capfd):
     root = tmp_path / ".hidden" / "data"  # the data set itself may lie in a hidden folder
     names = ["B/1.jpg", "a b/1.JPG", "a/1.webp", "a/sub.jpg", "a/sub/1.png", "a/z.Png", "b/1.jpg"]
     names += ["b/10.tiff", "b/2.bmp", "b/\u00e9\u4e16.jpeg", "c.jpg/5.jpg"]
-    ignored = ["1.jpg", ".part/2.jpg", "a/.thumbnails/3.jpg", "a/._1.jpg", "a/b/.4.jpg"]
-    for name in [*names, *ignored]:
+    hidden = ["1.jpg", ".part/2.jpg", "a/.thumbnails/3.jpg", "a/._1.jpg", "a/b/.4.jpg"]
+    for name in [*names, *hidden]:
         save(root / name, noise(8, 8))
-    for name in ("a/list.txt", "a/no_extension", "a/half.jpg.part", "a/jpg"):
+    for name in ("a/list.txt", "b/LIST.TXT", "a/no_extension", "a/half.jpg.part", "top.txt"):
         (root / name).write_text("no image")
     (root / "empty").mkdir()
     (root / "linked").symlink_to(save(tmp_path / "elsewhere" / "1.jpg", noise(8, 8)).parent)
@@ -98,10 +104,12 @@ def test_images_are_found_in_folders_in_order_of_their_paths(tmp_path):
     for name, n_bytes, time in found:
         status = os.stat(root / name)
         assert (n_bytes, time) == (status.st_size, status.st_mtime_ns)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.endswith("are left out: .txt (2), none (1), .part (1)")
 
 
 @pytest.mark.parametrize("name", [None, "1.jpg", "faces/list.txt", ".faces/1.jpg"])
-def test_without_images_one_line_says_where_they_must_lie(tmp_path, name):
+def test_find_images_without_any(tmp_path, name):
     root = tmp_path / "data"
     if name is not None:
         save(root / name, noise(8, 8), format="png")
@@ -109,11 +117,13 @@ def test_without_images_one_line_says_where_they_must_lie(tmp_path, name):
         load(root, tmp_path / "cache")
     what = "no such folder" if name is None else "no image in a folder inside it"
     where = f"images must lie in a folder inside it, as in {root}/sub_directory/XXX.jpg"
-    assert str(error.value) == f"--dataroot={root}: {what}; {where}"
+    line, _, others = str(error.value).partition("; files with other endings than .jpg ")
+    assert line == f"--dataroot={root}: {what}; {where}"
+    assert others.endswith(": .txt (1)" if name == "faces/list.txt" else "")
 
 
 @pytest.mark.parametrize("links", [{"loop": ".."}, {"a": ".", "b": "."}, {"again": "../other"}])
-def test_a_folder_that_is_reached_twice_is_named(tmp_path, links):
+def test_find_images_by_links(tmp_path, links):
     root = photos(tmp_path / "data")
     save(root / "other" / "1.jpg", noise(8, 8))
     for link, target in links.items():
@@ -123,30 +133,81 @@ def test_a_folder_that_is_reached_twice_is_named(tmp_path, links):
         load(root)
 
 
-def test_names_may_be_any_bytes(tmp_path):
-    source, folder = save(tmp_path / "1.jpg", noise(8, 9)), tmp_path / "data" / "faces"
-    folder.mkdir(parents=True)
-    for name in (
-        b"new\nline.jpg",
-        b"not \xff\xfe utf-8.jpg",
-        b"\xf0\x9f\x98\x80.jpg",
-        b"%s {}.jpg",
+RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
+COLOUR = np.dstack([RAMP, RAMP.T, 255 - RAMP])
+DEEP = RAMP.astype(np.uint16) * 257  # 0 to 65535, whose upper bytes are RAMP
+PALETTE = Image.frombytes("P", (16, 16), RAMP.tobytes())
+PALETTE.putpalette(COLOUR.tobytes())
+INK = np.dstack([255 - COLOUR, 0 * RAMP])  # that absorbs what is missing to COLOUR
+HALF = np.full_like(RAMP, 128)
+VEILED = np.round(COLOUR * (128 / 255) + 127)  # half transparent, on white
+KINDS = {
+    "grey.png": (Image.fromarray(RAMP), RAMP),
+    "palette.png": (PALETTE, COLOUR),
+    "palette.gif": (PALETTE, COLOUR),
+    "cmyk.tiff": (Image.frombytes("CMYK", (16, 16), INK.tobytes()), COLOUR),
+    "deep.png": (Image.fromarray(DEEP), RAMP),
+    "deep.pgm": (Image.fromarray(DEEP), RAMP),
+    "deep.tiff": (Image.frombytes("I;16B", (16, 16), DEEP.astype(">u2").tobytes()), RAMP),
+    "bits.pbm": (Image.fromarray(RAMP > 99), 255 * (RAMP > 99)),
+    "rgba.png": (Image.fromarray(np.dstack([COLOUR, HALF])), VEILED),
+    "rgba.tga": (Image.fromarray(np.dstack([COLOUR, HALF])), VEILED),
+    "la.png": (Image.fromarray(np.dstack([RAMP, HALF])), np.round(RAMP * (128 / 255) + 127)),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_open_image_kinds_of_pixels(tmp_path, name):
+    image, expected = KINDS[name]
+    path = save(tmp_path / name, image)
+    with Image.open(path) as read:  # else this would test another kind
+        assert read.mode == image.mode or name == "deep.pgm"
+    rgb = expected if expected.ndim == 3 else np.dstack([expected] * 3)
+    with open(path, "rb") as file:
+        pixels = np.asarray(utils.open_image(file, 3)).astype(int)
+    assert pixels.shape == (16, 16, 3)
+    assert np.abs(pixels - rgb).max() <= (1 if image.mode in ("RGBA", "LA") else 0)
+
+
+def test_open_image_transparent_colours(tmp_path):
+    """A transparent entry of a palette, or colour of an RGB image, is white."""
+    for name, image, key in (
+        ("p.png", PALETTE, 7),
+        ("rgb.png", Image.fromarray(COLOUR), (7, 112, 248)),
     ):
-        shutil.copy(source, os.path.join(os.fsencode(folder), name))
-    (folder / os.fsdecode(b"broken \xff.jpg")).write_text("no image")
-    ended = run(tmp_path, f"--dataroot={folder.parent}", f"--outf={tmp_path}/out", *LOAD_ONLY)
-    assert ended.wait() == 2 and "4 images are too few" in ended.messages[-1]
-    assert r"skipped 1 of 5 images that cannot be read: faces/broken \udcff.jpg" in ended.err
+        path = save(tmp_path / name, image, transparency=key)
+        with open(path, "rb") as file:
+            pixels = np.asarray(utils.open_image(file, 3))
+        expected = COLOUR.copy()
+        expected[0, 7] = 255
+        assert np.array_equal(pixels, expected)
 
 
-def test_the_digest_is_that_of_names_and_sizes(tmp_path):
-    root = photos(tmp_path / "here")
-    copy = shutil.copytree(root, tmp_path / "there", copy_function=shutil.copyfile)
-    os.utime(copy / "faces" / "000001.png", (1, 1))
-    _, digest = utils.load_images(root, "folder", 16, workers=0)
-    assert utils.load_images(copy, "folder", 32, workers=0)[1] == digest
-    save(copy / "faces" / "000001b.png", noise(20, 24))
-    assert utils.load_images(copy, "folder", 32, workers=0)[1] != digest
+def test_central_square_exif(tmp_path):
+    """The orientation is followed before the crop."""
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise
+    path = save(tmp_path / "faces" / "1.png", noise(219, 178), exif=exif)
+    upright = noise(219, 178).transpose(Image.Transpose.ROTATE_270)
+    expected = upright.crop((19, 39, 159, 179)).resize((64, 64), LANCZOS)
+    assert np.array_equal(utils.load_images(tmp_path, crop=140)[0][0], np.asarray(expected)), path
+
+
+# --------------------------------------------------------------------------------------------------
+# load_images
+
+
+def test_load_images_rows(tmp_path):
+    """In order of their paths, whatever the file names are, from workers; in grey, too."""
+    for i in range(150):  # more than two batches of the workers
+        save(tmp_path / f"{i % 3}" / f"{i * 7 % 150}.png", noise(9 + i % 5, 11, i))
+    array, names, _ = utils.load_images(tmp_path, size=16, workers=2)
+    check(array, tmp_path)
+    assert names == sorted(f"{i % 3}/{i * 7 % 150}.png" for i in range(150))
+    assert isinstance(array, np.memmap) and array.dtype == np.uint8 and not array.flags.writeable
+    grey = load(tmp_path, channels=1)
+    exact = np.asarray(array) @ [0.299, 0.587, 0.114]
+    assert grey.shape == (150, 16, 16, 1) and np.abs(grey[..., 0] - exact).max() < 3
 
 
 @pytest.mark.parametrize(
@@ -157,113 +218,81 @@ def test_the_digest_is_that_of_names_and_sizes(tmp_path):
         ("celebA", 70, (54, 74, 124, 144)),
     ],
 )
-def test_the_centre_is_resized_by_lanczos(tmp_path, dataset, crop, box):
+def test_load_images_crop(tmp_path, dataset, crop, box, capfd):
     path = save(tmp_path / "faces" / "1.jpg", noise(178, 218))
     expected = Image.open(path).crop(box).resize((64, 64), LANCZOS)
-    array, _ = utils.load_images(tmp_path, dataset, 64, crop, workers=0)
+    array, _, _ = utils.load_images(tmp_path, dataset, 64, crop)
     assert np.array_equal(array[0], np.asarray(expected))
+    assert ("--dataset=folder" in capfd.readouterr().err) == (crop == 70)  # less than half
 
 
-RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
-COLOUR = np.dstack([RAMP, RAMP.T, 255 - RAMP])
-DEEP = RAMP.astype(np.uint16) * 257  # 0 to 65535, whose upper bytes are RAMP
-PALETTE = Image.frombytes("P", (16, 16), RAMP.tobytes())
-PALETTE.putpalette(COLOUR.tobytes())
-INK = np.dstack([255 - COLOUR, 0 * RAMP])  # that absorbs what is missing to COLOUR
-
-
-@pytest.mark.parametrize(
-    ("name", "image", "expected"),
-    [
-        ("grey.png", Image.fromarray(RAMP), RAMP),
-        ("palette.png", PALETTE, COLOUR),
-        ("rgba.png", Image.fromarray(np.dstack([COLOUR, RAMP])), COLOUR),
-        ("cmyk.tiff", Image.frombytes("CMYK", (16, 16), INK.tobytes()), COLOUR),
-        ("deep.png", Image.fromarray(DEEP), RAMP),
-        ("deep.tiff", Image.frombytes("I;16B", (16, 16), DEEP.astype(">u2").tobytes()), RAMP),
-    ],
-)
-def test_every_kind_of_pixel_becomes_its_rgb(tmp_path, name, image, expected):
-    path = save(tmp_path / name, image)
-    assert Image.open(path).mode == image.mode  # else this would test another kind
-    rgb = expected if expected.ndim == 3 else np.dstack([expected] * 3)
-    assert np.array_equal(utils.decode_image(path, 16, None), rgb)
-
-
-def test_exif_orientation_is_followed_before_the_crop(tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise
-    path = save(tmp_path / "1.png", noise(219, 178), exif=exif)
-    upright = noise(219, 178).transpose(Image.Transpose.ROTATE_270)
-    expected = upright.crop((19, 39, 159, 179)).resize((64, 64), LANCZOS)
-    assert np.array_equal(utils.decode_image(path, 64, 140), np.asarray(expected))
-
-
-def test_an_image_smaller_than_the_crop_is_named(tmp_path):
-    root = photos(tmp_path / "data", 3, 140, 141)
+def test_load_images_small_image(tmp_path):
+    root = photos(tmp_path, 3, 140, 141)
     small = save(root / "faces" / "000001.png", noise(200, 139))
-    ended = run(tmp_path, f"--dataroot={root}", f"--outf={tmp_path}/out")
-    ended.fails(1, f"{small}: 200 x 139 pixels, less than the crop of 140", "--dataset=folder")
-    assert not arrays(root)
+    words = f"^{small}: 200 x 139 pixels, less than the crop of 140 x 140; .* --dataset=folder$"
+    with pytest.raises(utils.UserError, match=words):
+        load(root, dataset="celebA")
+    assert not arrays(root) and not list(root.glob(".*.tmp"))
 
 
-@pytest.mark.parametrize("kind", ["cut", "page", "empty", "lost link", "pipe", "bomb"])
-def test_what_cannot_be_read_is_skipped_and_named_at_every_start(tmp_path, kind, capfd, decoded):
+@pytest.mark.parametrize("kind", ["cut", "page", "empty", "lost link", "pipe", "bomb", "float"])
+def test_load_images_skips(tmp_path, kind, capfd, decoded):
+    """What cannot be read is named at every start, and tried again when it has changed."""
     bad = photos(tmp_path) / "faces" / "000002.png"
     content = {"cut": bad.read_bytes()[:600], "page": b"<html>404</html>", "empty": b""}
     content["bomb"] = b"P6 40000 40000 255\n" + bytes(100)  # 4.8 GB, if anybody believed it
     bad.unlink()
-    if kind in content:
-        bad.write_bytes(content[kind])
-    elif kind == "pipe":
+    if kind == "pipe":
         os.mkfifo(bad)
+    elif kind == "float":
+        save(bad, Image.new("F", (20, 20)), format="tiff")
+    elif kind in content:
+        bad.write_bytes(content[kind])
     else:
         bad.symlink_to("nowhere.png")
     for _ in range(2):
         check(load(tmp_path), tmp_path, without=bad.name)
-        said = capfd.readouterr().err
-        assert "main.py: skipped 1 of 6 images that cannot be read: faces/000002.png\n" in said
-    assert sorted(path for path in decoded if path != bad) == sorted(set(decoded) - {bad})
-
-
-def test_a_skipped_file_that_is_mended_is_noticed(tmp_path, capfd):
-    bad = photos(tmp_path) / "faces" / "000002.png"
-    whole, before = bad.read_bytes(), bad.stat()
-    bad.write_bytes(bytes(len(whole)))
-    os.utime(bad, ns=(before.st_atime_ns, before.st_mtime_ns))
-    assert len(load(tmp_path)) == 5
-    bad.write_bytes(whole)
-    # As when a disk or a permission is mended: neither size nor time tell.
-    os.utime(bad, ns=(before.st_atime_ns, before.st_mtime_ns))
-    capfd.readouterr()
+        (line,) = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
+        reason = "32-bit pixels, whose range is unknown" if kind == "float" else ".+"
+        start = r"main.py: skipped 1 of 6 images that cannot be read: faces/000002.png"
+        assert re.fullmatch(rf"{start} \({reason}\)", line)
+    assert len(decoded) == 6
+    bad.unlink()
+    save(bad, noise(20, 24))
     check(load(tmp_path), tmp_path)
-    assert "main.py: skipped" not in capfd.readouterr().err
+    assert "skipped" not in capfd.readouterr().err
 
 
-def test_ten_of_many_unreadable_files_are_named_and_none_readable_is_an_error(tmp_path, capfd):
+def test_load_images_skips_many(tmp_path, capfd):
     paths = sorted((photos(tmp_path, 14) / "faces").iterdir())
     for path in paths[1:13]:
         path.write_text("no image")
-    assert len(load(tmp_path)) == 2
-    names = ", ".join(f"faces/{path.name}" for path in paths[1:11])
-    assert f"skipped 12 of 14 images that cannot be read: {names}, ...\n" in capfd.readouterr().err
-    for path in paths:
-        path.write_text("no image")
-    with pytest.raises(utils.UserError, match=f"none of the 14 images in {tmp_path} can be read"):
+    strange = os.path.join(os.fsencode(paths[0].parent), b"a new\nline, not \xff utf-8, %s {}.png")
+    shutil.copy(paths[1], strange)
+    array, names, _ = utils.load_images(tmp_path)
+    assert len(array) == 2 and names == ["faces/000000.png", "faces/000013.png"]
+    listed = ", ".join(f"faces/{path.name}" for path in paths[1:11])
+    assert f"skipped 13 of 15 images that cannot be read: {listed}, ... (" in capfd.readouterr().err
+    shutil.copy(paths[0], strange)
+    assert utils.load_images(tmp_path)[1][-1] == os.fsdecode(strange)[len(str(tmp_path)) + 1 :]
+    for path in (*paths, strange):
+        Path(os.fsdecode(path)).write_text("no image")
+    with pytest.raises(
+        utils.UserError, match="none of the 15 images can be read: faces/000000.png"
+    ):
         load(tmp_path)
 
 
-def load_as_nobody(root: Path, home: Path, variable: str) -> None:
+def load_as_nobody(root: Path, home: Path) -> None:
     """Loads three images, of which one cannot be read, as a user without rights."""
-    os.environ |= {"XDG_CACHE_HOME": "", variable: str(home)}
+    os.environ |= {"XDG_CACHE_HOME": "", "HOME": str(home)}
     sys.stderr = open(home / "said", "w", buffering=1)  # noqa: SIM115
     if os.geteuid() == 0:
         os.setuid(65534)
     assert len(load(root)) == 2
 
 
-@pytest.mark.parametrize(("variable", "cache"), [("XDG_CACHE_HOME", "wae"), ("HOME", ".cache/wae")])
-def test_a_data_set_that_cannot_be_written_or_read_in_part(variable, cache):
+def test_load_images_without_rights():
     with tempfile.TemporaryDirectory() as name:  # unlike tmp_path, open to others
         root, home = photos(Path(name) / "data", 3), Path(name) / "home"
         secret = save(root / "secret" / "1.png", noise(8, 8)).parent
@@ -271,33 +300,28 @@ def test_a_data_set_that_cannot_be_written_or_read_in_part(variable, cache):
         modes = {Path(name): 0o755, home: 0o777, root / "faces" / "000001.png": 0, secret: 0}
         for path, mode in (modes | {root: 0o555}).items():
             path.chmod(mode)
-        process = start(load_as_nobody, root, home, variable)
+        process = start(load_as_nobody, root, home)
         process.join()
         said = (home / "said").read_text()
         assert process.exitcode == 0, said
         assert f"main.py: skipped the folder {secret}: Permission denied\n" in said
-        assert "skipped 1 of 3 images that cannot be read: faces/000001.png\n" in said
-        assert len(arrays(home / cache)) == 1 and not arrays(root)
+        assert "skipped 1 of 3 images that cannot be read: faces/000001.png (" in said
+        assert len(arrays(home / ".cache" / "wae")) == 1 and not arrays(root)
         secret.chmod(0o755)
         root.chmod(0o755)
 
 
-def test_rows_are_the_images_in_order_of_their_paths(tmp_path):
-    for i in range(150):  # more than two batches of the workers
-        save(tmp_path / f"{i % 3}" / f"{i * 7 % 150}.png", noise(9 + i % 5, 11, i))
-    array = load(tmp_path, workers=2)
-    check(array, tmp_path)
-    assert isinstance(array, np.memmap) and array.dtype == np.uint8 and not array.flags.writeable
-
-
-def test_the_array_is_built_once_and_moves_with_its_folder(tmp_path, decoded):
+def test_load_images_again(tmp_path, decoded):
+    """The array is built once, and moves with its folder."""
     load(photos(tmp_path / "here"))
-    assert len(decoded) == 6
     (tmp_path / "here").rename(tmp_path / "there")
     check(load(tmp_path / "there"), tmp_path / "there")
     assert len(decoded) == 6
-    utils.load_images(tmp_path / "there", "folder", 16, 10, workers=0)
-    assert len(arrays(tmp_path / "there")) == 2  # neither crop takes the other's place
+    for options in ({"crop": 10}, {"channels": 1}):
+        load(tmp_path / "there", **options)
+    assert len(arrays(tmp_path / "there")) == 3  # none takes the place of another
+    load(tmp_path / "there")
+    assert len(decoded) == 3 * 6
 
 
 CHANGES = {
@@ -309,16 +333,32 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_files_are_decoded_anew_and_the_outdated_array_goes(tmp_path, change):
-    outdated = load(photos(tmp_path))
+def test_load_images_changed(tmp_path, change):
+    """They are decoded anew, and the outdated array goes."""
+    outdated, _, digest = utils.load_images(photos(tmp_path), size=16)
     before, (name,) = np.array(outdated), arrays(tmp_path)
     CHANGES[change](tmp_path / "faces" / "000001.png")
-    check(load(tmp_path), tmp_path)
+    array, _, new_digest = utils.load_images(tmp_path, size=16)
+    check(array, tmp_path)
     assert len(arrays(tmp_path)) == 1 and arrays(tmp_path) != [name]
     assert np.array_equal(outdated, before)  # a run that still reads it is not disturbed
+    assert new_digest != digest
 
 
-def test_a_cache_folder_serves_several_data_sets(tmp_path, decoded):
+def test_load_images_digest(tmp_path):
+    """It is one of names and contents; a BMP is as long as any other of its size."""
+    root, copy = tmp_path / "here", tmp_path / "there"
+    for i in range(3):
+        save(root / "faces" / f"{i}.bmp", noise(20, 24, i))
+    shutil.copytree(root, copy, copy_function=shutil.copyfile)
+    os.utime(copy / "faces" / "1.bmp", (1, 1))
+    _, _, digest = utils.load_images(root, size=16)
+    assert utils.load_images(copy, size=32)[2] == digest
+    save(copy / "faces" / "1.bmp", noise(20, 24, 9))
+    assert utils.load_images(copy, size=32)[2] != digest
+
+
+def test_load_images_cache_dir(tmp_path, decoded):
     cache, one, two = tmp_path / "a" / "cache", photos(tmp_path / "1", 2), photos(tmp_path / "2", 3)
     for _ in range(2):
         check(load(one, cache), one)
@@ -332,16 +372,16 @@ def test_a_cache_folder_serves_several_data_sets(tmp_path, decoded):
 
 DAMAGES = {
     "empty": lambda path: os.truncate(path, 0),
-    "cut after five images": lambda path: os.truncate(path, 128 + 5 * 768),
-    "longer": lambda path: os.truncate(path, 128 + 6 * 768 + 1),
-    "fewer images": lambda path: np.save(path, np.load(path)[:5]),
-    "no array": lambda path: path.write_bytes(bytes(range(256)) * 20),
-    "no list of skipped files": lambda path: path.with_suffix(".json").unlink(),
+    "cut": lambda path: os.truncate(path, 5 * 768),
+    "longer": lambda path: os.truncate(path, 6 * 768 + 1),
+    "no notes": lambda path: path.with_suffix(".json").unlink(),
+    "no digest": lambda path: path.with_suffix(".json").write_text('{"skipped": {}}'),
+    "no JSON": lambda path: path.with_suffix(".json").write_text("[" * 9),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_array_is_built_anew_with_a_word(tmp_path, damage, capfd):
+def test_load_images_damaged_array(tmp_path, damage, capfd):
     load(photos(tmp_path))
     (path,) = arrays(tmp_path)
     whole = path.read_bytes()
@@ -353,35 +393,31 @@ def test_a_damaged_array_is_built_anew_with_a_word(tmp_path, damage, capfd):
     assert path.read_bytes() == whole
 
 
-def many(root: Path, n: int) -> Path:
-    """Makes a folder of n images, which take a while to decode. Returns it."""
-    first = photos(root, 1, 178, 218) / "faces" / "000000.png"
+def start_to_build(tmp_path: Path, n: int = 400) -> tuple[Program, Path]:
+    """Starts the program on n images. Returns it when the first are written, and their folder."""
+    root = photos(tmp_path / "data", 1, 178, 218)
+    first = root / "faces" / "000000.png"
     for i in range(1, n):
         os.link(first, first.with_name(f"{i:06d}.png"))
-    return root
-
-
-def start_to_build(tmp_path: Path, root: Path, *flags: str) -> Program:
-    """Starts the program. Returns it when the first images are written."""
-    flags = (f"--dataroot={root}", f"--outf={tmp_path}/out", *LOAD_ONLY, *flags)
+    flags = (f"--dataroot={root}", f"--outf={tmp_path}/out", *LOAD_ONLY)
     builder = Program(tmp_path / "builder", *flags)
     assert builder.wait_until(lambda: any(p.stat().st_size > 10**5 for p in root.glob(".*.tmp")))
-    return builder
+    return builder, root
 
 
-def test_two_processes_build_once(tmp_path):
-    root = many(tmp_path / "data", 400)
-    first = start_to_build(tmp_path, root)
-    second = run(tmp_path, f"--dataroot={root}", f"--outf={tmp_path}/out", *LOAD_ONLY)
-    assert not second.process.is_alive() and first.wait() == second.wait() == 2
-    assert first.messages == second.messages and "400 images are too few" in second.messages[0]
-    assert "decoding once" in first.err and "decoding once" not in second.err
+def test_load_images_in_two_processes(tmp_path, capfd):
+    """One builds, the other waits and removes nothing."""
+    builder, root = start_to_build(tmp_path)
+    array, _, _ = utils.load_images(root)
+    word = f"main.py: {root} is in use by process {builder.process.pid}: waiting for it\n"
+    assert capfd.readouterr().err == word
+    builder.fails(2, "400 images are too few")
+    assert len(array) == 400 and np.array_equal(array[-1], square(root / "faces/000000.png", 64))
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
-def test_what_ends_a_build_leaves_nothing_in_the_way_of_the_next(tmp_path, number, status):
-    root = many(tmp_path / "data", 400)
-    builder = start_to_build(tmp_path, root)
+def test_load_images_after_a_build_that_ended(tmp_path, number, status):
+    builder, root = start_to_build(tmp_path)
     builder.kill(number)
     assert builder.wait() == status
     assert not arrays(root) and "Traceback" not in builder.err
@@ -397,12 +433,52 @@ def test_what_ends_a_build_leaves_nothing_in_the_way_of_the_next(tmp_path, numbe
     assert len(arrays(root)) == 1 and not list(root.glob(".*.tmp"))
 
 
-def test_a_full_disk_is_one_line(tmp_path):
+def end_worker(self: utils.Decoded, i: int) -> None:
+    """What the kernel does to a process where memory is short."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_process(*_: object) -> None:
+    """What the kernel answers where there are too many processes."""
+    raise BlockingIOError(11, "Resource temporarily unavailable")
+
+
+FAILURES = {
+    "space": (
+        shutil,
+        "disk_usage",
+        lambda path: SimpleNamespace(free=4607),
+        "0.0 GB are free; name another --cache_dir",
+    ),
+    "worker": (utils.Decoded, "__getitem__", end_worker, "use fewer --workers, or --workers=0"),
+    "process": (os, "fork", no_process, "(.*unavailable.*); use fewer --workers"),
+    "map": (np, "memmap", no_process, "cannot map {root}/.wae_.*: name another --cache_dir"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_load_images_failures(tmp_path, name, monkeypatch, capfd):
+    place, attribute, value, words = FAILURES[name]
+    root = photos(tmp_path)
+    monkeypatch.setattr(place, attribute, value)
+    with pytest.raises(utils.UserError, match=words.format(root=root)):
+        load(root, workers=1)
+    assert capfd.readouterr().err.count("main.py:") == 0
+    monkeypatch.undo()
+    check(load(root), root)
+    assert len(arrays(root)) == 1 and not list(root.glob(".*.tmp"))
+
+
+def test_load_images_full_disk(tmp_path):
     root = photos(tmp_path / "data", 40)
     flags = (f"--dataroot={root}", f"--outf={tmp_path}/out", *LOAD_ONLY)
     ended = run(tmp_path, *flags, max_bytes=100_000)
-    ended.fails(1, f"cannot write {root}/.wae_64_None_here_", "File too large")
+    ended.fails(1, f"cannot write {root}/.wae_64_3_None_here_", "File too large")
     assert not arrays(root) and not list(root.glob(".*.tmp"))
+
+
+# --------------------------------------------------------------------------------------------------
+# Batches
 
 
 @pytest.fixture(scope="module")
@@ -414,7 +490,7 @@ def array(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["mapped", "tensor"])
-def test_batches_are_the_images_of_the_indices(array, kind):
+def test_batches(array, kind):
     images = array if kind == "mapped" else torch.from_numpy(np.array(array))
     epoch = utils.epoch_order(50, 1, 2).reshape(10, 5)
     for order in ([], [[3]], [[7, 7, 0], [49]], [[1, 2], [4], [5, 6, 7], [8], [9]], epoch):
@@ -426,7 +502,8 @@ def test_batches_are_the_images_of_the_indices(array, kind):
     assert np.array_equal(got[0], array[epoch[0]]) and np.array_equal(got[2], array[epoch[2]])
 
 
-def test_a_thread_reads_few_batches_ahead_and_ends_with_its_consumer(array):
+def test_batches_thread(array):
+    """It reads few batches ahead, and ends with its consumer."""
     asked, before = [], threading.active_count()
 
     def indices() -> Iterator[np.ndarray]:
@@ -446,7 +523,7 @@ def test_a_thread_reads_few_batches_ahead_and_ends_with_its_consumer(array):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_batches_on_a_gpu(array):
+def test_batches_gpu(array):
     gpu = torch.device("cuda", 0)
     resident, indices = utils.put_on_device(array, gpu), list(np.arange(50).reshape(25, 2))
     assert resident.is_cuda
@@ -455,7 +532,7 @@ def test_batches_on_a_gpu(array):
             assert batch.is_cuda and np.array_equal(batch.cpu(), array[index])
 
 
-def test_pixels_to_the_range_of_the_networks_and_back():
+def test_from_uint8_and_to_uint8():
     batch = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).repeat(2, 1, 1, 3)
     batch[1], batch[..., 1] = batch[1].flip(0), 51
     plain, symmetric = (utils.from_uint8(batch, s) for s in (False, True))
@@ -469,12 +546,13 @@ def test_pixels_to_the_range_of_the_networks_and_back():
     assert utils.to_uint8(torch.tensor([-1.0, 2.0]).view(2, 1, 1, 1)).ravel().tolist() == [0, 255]
 
 
-def test_held_out_images_by_default():
-    sizes = (202_599, 1_000_000, 11_712, 25, 3)
-    assert [utils.default_n_test(n) for n in sizes] == [19_962, 19_962, 1_171, 2, 2]
+def test_default_n_test():
+    sizes = (202_599, 1_000_000, 11_712, 25, 3, 1)
+    assert [utils.default_n_test(n) for n in sizes] == [19_962, 19_962, 1_171, 2, 2, 1]
 
 
-def test_epoch_order_is_a_permutation_of_seed_and_epoch_alone():
+def test_epoch_order():
+    """A permutation, a function of seed and epoch alone."""
     keys = [(seed, epoch) for seed in (0, 1, 2**63 - 1) for epoch in (0, 1, 54)]
     orders = [utils.epoch_order(1000, *key) for key in keys]
     assert all(np.array_equal(np.sort(order), np.arange(1000)) for order in orders)
