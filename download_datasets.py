@@ -11,7 +11,6 @@ The same command resumes an interrupted download. A complete data set is left al
 import argparse
 import contextlib
 import hashlib
-import html
 import io
 import os
 import re
@@ -23,11 +22,11 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
 from urllib.parse import urljoin, urlsplit
 
 import numpy as np
 import requests
+import urllib3
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm, trange
 
@@ -42,23 +41,20 @@ CELEBA_SIZE = 1_443_490_838  # bytes
 CELEBA_IMAGES = 202_599
 MNIST_IMAGES = 70_000
 BY_HAND = "get the zip from http://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and use --zip"
+UNPACKED = "images unpacked into FOLDER/images/ need no zip: main.py --dataroot=FOLDER"
 
 TIMEOUT_S = (15, 60)  # to connect, and between two reads
 MAX_STALLED = 7  # attempts without a new byte, with pauses of 2, 4, 8 ... seconds
 
-
-class DownloadError(Exception):
-    """A final error, shown as one line."""
-
-
-# torchvision's downloader cannot resume, and Google Drive often breaks off 1.4 GB.
+SKIN = np.array([(250, 218, 195), (236, 190, 158), (214, 160, 120), (178, 118, 80), (120, 74, 50)])
+HAIR = np.array([(30, 25, 26), (70, 45, 32), (104, 60, 34), (214, 176, 110), (180, 176, 174)])
 
 
 def open_zip(url: str, start: int) -> requests.Response:
     """Returns the response with the zip, from byte `start` on if the host can.
 
-    Google Drive first sends a page whose form confirms the download. Raises DownloadError, or
-    requests.RequestException if another attempt may succeed.
+    Google Drive first sends a page whose form confirms the download. Raises an error of
+    requests or urllib3 if another attempt may succeed, and OSError or ValueError if not.
     """
     # Some hosts ignore Range where they compress. Pages should be in English.
     headers = {"Range": f"bytes={start}-", "Accept-Encoding": "identity", "Accept-Language": "en"}
@@ -70,20 +66,24 @@ def open_zip(url: str, start: int) -> requests.Response:
         # Google Drive's pages have status 200, too.
         if status < 400 and "text/html" not in answer:
             return response
-        page = html.unescape(response.text)
+        # At most a megabyte, because a page may have no end.
+        page = response.raw.read(1 << 20, decode_content=True).decode(errors="replace")
+        page = page.replace("&amp;", "&")
         if re.search("quota exceeded|too many users have", page, re.I):
-            raise DownloadError(f"{host}: the download quota is used up; wait a day, or {BY_HAND}")
+            raise OSError(f"{host}: the download quota is used up; wait a day, or {BY_HAND}")
         if status == 429 or status >= 500:
             raise requests.ConnectionError(f"{host} answers {answer}")
-        form = re.search(r'<form[^>]* action="([^"]*download[^"]*)".*?</form>', page, re.S)
-        if not form:
+        # One search for all of a form takes minutes on a page that opens many and closes none.
+        form = page.partition("</form>")[0].rpartition("<form")[2]
+        action = re.search(' action="([^"]*)"', form)
+        if not action or "download" not in action[1]:
             break
-        url = urljoin(response.url, form[1])
-        fields = dict(re.findall('name="([^"]*)" value="([^"]*)"', form[0]))
-    raise DownloadError(f"{host} sends no zip ({answer}); {BY_HAND}")
+        url = urljoin(response.url, action[1])
+        fields = dict(re.findall('name="([^"]*)" value="([^"]*)"', form))
+    raise OSError(f"{host} sends no zip ({answer}); {BY_HAND}")
 
 
-def receive(url: str, file: BinaryIO) -> None:
+def receive(url: str, file: io.BufferedRandom) -> None:
     """Appends to the file what one response brings. Raises what open_zip does."""
     have = file.tell()
     response = open_zip(url, have)
@@ -92,7 +92,7 @@ def receive(url: str, file: BinaryIO) -> None:
         raise requests.ConnectionError(f"asked for bytes {have}-, the host sends '{span}'")
     size = span.rpartition("/")[2] or response.headers.get("Content-Length", "")
     if size.isdecimal() and int(size) != CELEBA_SIZE:
-        raise DownloadError(f"{url} is another file, of {int(size):,} bytes; {BY_HAND}")
+        raise OSError(f"{url} is another file, of {int(size):,} bytes; {BY_HAND}")
     # A host that cannot resume begins with the bytes that are here.
     skip = 0 if resumes else have
     # Small chunks, because a broken connection loses the last one.
@@ -101,7 +101,7 @@ def receive(url: str, file: BinaryIO) -> None:
     with response, bar:
         while file.tell() < CELEBA_SIZE and (chunk := next(chunks, b"")):
             if file.tell() == skip and not b"PK".startswith(chunk[:2]):  # byte 0
-                raise DownloadError(f"{url} is not a zip; {BY_HAND}")
+                raise OSError(f"{url} is not a zip; {BY_HAND}")
             new = chunk[skip:][: CELEBA_SIZE - file.tell()]
             skip -= len(chunk) - len(new)
             file.write(new)
@@ -111,38 +111,52 @@ def receive(url: str, file: BinaryIO) -> None:
         raise requests.ConnectionError(f"the connection ended after {file.tell():,} bytes")
 
 
-def md5_of(path: Path) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def download(url: str, path: Path) -> None:
-    """Downloads the zip to `path`, after the bytes that an earlier call left there.
+    """Downloads CelebA's zip to `path`, after the bytes that an earlier call left there.
 
-    Raises DownloadError if the host has no zip, or sends nothing new for two minutes.
+    torchvision's downloader cannot resume, and Google Drive often breaks off 1.4 GB. Raises
+    OSError if the host has no such zip, or sends nothing new for two minutes.
     """
-    stalled = 0
-    with path.open("ab") as file:
+    stalled, digest = 0, hashlib.md5(usedforsecurity=False)
+    with path.open("a+b") as file:
         print(f"downloading {url}, {file.tell():,} bytes are here")
         while (have := file.tell()) < CELEBA_SIZE:
             try:
                 receive(url, file)
-            except ValueError as error:
-                # An address or a header that cannot be parsed.
-                raise DownloadError(f"cannot read {url}: {error}; {BY_HAND}") from error
-            except requests.RequestException as error:
+            except ValueError as error:  # an address or a header that cannot be parsed
+                raise OSError(f"cannot read {url}: {error}; {BY_HAND}") from error
+            except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
                 while error.__context__:
                     error = error.__context__
                 stalled = 0 if file.tell() > have else stalled + 1
                 if stalled == MAX_STALLED:
-                    raise DownloadError(
-                        f"no progress ({error}): try later, or {BY_HAND}"
-                    ) from error
-                tqdm.write(f"{error}; trying again in {2**stalled} s")
+                    raise OSError(f"no progress ({error}); wait, or {BY_HAND}") from error
+                print(f"{error}; trying again in {2**stalled} s")
                 time.sleep(2**stalled)
+        file.seek(0)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    if digest.hexdigest() != CELEBA_MD5:
+        path.unlink()
+        raise OSError(f"{url} is not CelebA's zip (MD5 {digest.hexdigest()}); {BY_HAND}")
+
+
+def extract(path: Path, folder: Path) -> None:
+    """Writes a zip's images to the folder. Raises OSError unless they are CelebA's."""
+    names = [f"{i:06d}.jpg" for i in range(1, CELEBA_IMAGES + 1)]
+    try:
+        with zipfile.ZipFile(path) as archive:
+            images = [name for name in archive.namelist() if re.search(r"(^|/)\d{6}\.jpg$", name)]
+            fault = f"has {len(images):,} images like 000001.jpg and not CelebA's {CELEBA_IMAGES:,}"
+            if sorted(image[-10:] for image in images) == names:
+                for image in tqdm(images, "extracting", disable=None):
+                    (folder / image[-10:]).write_bytes(archive.read(image))
+                return
+    except OSError:
+        raise
+    except Exception as error:  # zipfile raises many kinds
+        fault = f"is no zip, or a damaged one ({error}); 7z archives must be unpacked by hand"
+    raise OSError(f"{path} {fault}; {UNPACKED}")
 
 
 def get_celeba(data_dir: Path, url: str, file: Path | None) -> None:
@@ -150,20 +164,11 @@ def get_celeba(data_dir: Path, url: str, file: Path | None) -> None:
     final = data_dir / "celebA" / "img_align_celeba"
     if already_done(final, CELEBA_IMAGES):
         return
-    if file and not file.is_file():
-        raise DownloadError(f"--zip {file}: there is no such file")
     with staging_folder(final) as folder:
-        path = file or folder.with_suffix(".zip.part")
         if not file:
-            download(url, path)
-        if (md5 := md5_of(path)) != CELEBA_MD5:
-            if not file:
-                path.unlink()
-            raise DownloadError(f"{file or url} is not CelebA's zip (MD5 {md5}); {BY_HAND}")
-        with zipfile.ZipFile(path) as archive:
-            images = [name for name in archive.namelist() if name.endswith(".jpg")]
-            for name in tqdm(images, "extracting", disable=None):
-                (folder / Path(name).name).write_bytes(archive.read(name))
+            file = folder.with_suffix(".zip.part")
+            download(url, file)
+        extract(file, folder)
 
 
 def get_mnist(data_dir: Path, url: str | None) -> None:
@@ -185,15 +190,11 @@ def get_mnist(data_dir: Path, url: str | None) -> None:
             with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
                 parts = [MNIST(raw, train, download=True) for train in (True, False)]
         except Exception as error:
-            raise DownloadError(f"no MNIST: {error}; try later, or another --url") from error
+            raise OSError(f"no MNIST: {error}; try later, or another --url") from error
         shutil.rmtree(raw)
         images = np.concatenate([part.data for part in parts])
         for i, image in enumerate(tqdm(images, "writing", disable=None)):
             Image.fromarray(image).save(folder / f"{i:05d}.png")
-
-
-SKIN = np.array([(250, 218, 195), (236, 190, 158), (214, 160, 120), (178, 118, 80), (120, 74, 50)])
-HAIR = np.array([(30, 25, 26), (70, 45, 32), (104, 60, 34), (214, 176, 110), (180, 176, 174)])
 
 
 def draw_face(seed: int, index: int) -> Image.Image:
@@ -277,13 +278,13 @@ def get_toy(data_dir: Path, seed: int, n_images: int) -> None:
 
 
 def already_done(final: Path, n_images: int, seed: str = "") -> bool:
-    """Returns whether `final` is there. Raises DownloadError if it has other images."""
+    """Returns whether `final` is there. Raises OSError if it has other images."""
     if not final.exists():
         return False
     count = sum(name.endswith((".jpg", ".png")) for name in os.listdir(final))
     note = final / ".seed"
     if count != n_images or (note.exists() and note.read_bytes() != seed.encode()):
-        raise DownloadError(f"{final} has other images ({count}): remove it or set --data_dir")
+        raise OSError(f"{final} has other images ({count}): remove it or set --data_dir")
     print(f"{final} has its {count} images already")
     return True
 
@@ -292,7 +293,7 @@ def already_done(final: Path, n_images: int, seed: str = "") -> bool:
 def staging_folder(final: Path) -> Iterator[Path]:
     """Yields an empty folder that becomes `final` when the body has succeeded.
 
-    Raises DownloadError if another process is at it. main.py ignores hidden folders.
+    Raises OSError if another process is at it. main.py ignores hidden folders.
     """
     hidden = final.parent / ".partial"
     folder = hidden / final.name
@@ -301,7 +302,7 @@ def staging_folder(final: Path) -> Iterator[Path]:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            raise DownloadError(f"another process works in {hidden}: wait for it") from None
+            raise OSError(f"another process works in {hidden}: wait for it") from None
         # A run that ended early leaves its folder.
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -325,7 +326,7 @@ def parse_args() -> argparse.Namespace:
     celeba = sets.add_parser("celebA", help="202,599 photographs of faces, 1.4 GB")
     source = celeba.add_mutually_exclusive_group()
     source.add_argument("--url", default=CELEBA_URL, help="another address of the zip")
-    source.add_argument("--zip", type=Path, dest="file", help="a copy of img_align_celeba.zip")
+    source.add_argument("--zip", type=Path, dest="file", help="a copy of the zip, or Kaggle's")
     mnist = sets.add_parser("mnist", help="70,000 handwritten digits, 11 MB")
     mnist.add_argument("--url", help="a mirror: the folder of the four .gz files")
     toy = sets.add_parser("toy", help="drawn faces of CelebA's size, without a network")
@@ -346,27 +347,22 @@ def interrupt(*_: object) -> None:
     os._exit(130)
 
 
-def main() -> int:
-    """Runs the command line. Returns the exit status."""
+def main() -> None:
+    """Runs the command line."""
     options = vars(parse_args())
     get = {"celebA": get_celeba, "mnist": get_mnist, "toy": get_toy}[options.pop("dataset")]
     try:
         get(**options)
-        return 0
-    except DownloadError as error:
-        message = str(error)
     except OSError as error:
-        fault = f"{error.filename or options['data_dir']}: {error.strerror or error}"
-        message = f"{fault}; make room, or set another --data_dir"
-    print(f"download_datasets.py: error: {' '.join(message.split())}", file=sys.stderr)
-    return 1
+        message = str(error)
+        if error.errno:  # the system's: ours, and that of requests for a bad setting, have none
+            message = f"{error.filename or options['data_dir']}: {error.strerror}"
+        sys.exit(f"download_datasets.py: error: {' '.join(message.split())}")
 
 
 if __name__ == "__main__":
-    # Either is None where the shell has closed it.
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (the shell has closed it)
     if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
         sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     signal.signal(signal.SIGINT, interrupt)
-    sys.exit(main())
+    main()
