@@ -113,7 +113,7 @@ def get_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    count, positive = number(int, 1), number(float, 0, above=True)
+    count, width, positive = number(int, 1), number(int, 1, 1e6), number(float, 0, above=True)
     switch = {"action": BooleanOptionalAction, "default": False}
 
     # fmt: off
@@ -138,8 +138,8 @@ def get_parser() -> argparse.ArgumentParser:
         "mmd: WAE-MMD, Algorithm 2; vae: the baseline (default: gan)")
     add("--arch", default="dcgan", choices=("dcgan", "paper"),
         help="dcgan: 4x4 convolutions; paper: the networks of its appendix (default: dcgan)")
-    add("--nz", type=count, default=64, help="latent dimensions (default: 64)")
-    add("--nf", type=count, default=128,
+    add("--nz", type=width, default=64, help="latent dimensions (default: 64)")
+    add("--nf", type=width, default=128,
         help="base width; the widest layers have 8 x NF channels (default: 128)")
     add("--noise", choices=("deterministic", "add_noise", "gaussian"),
         help="type of encoder: deterministic; add_noise: noise on the pixels while training; "
