@@ -625,11 +625,16 @@ class Recorded:
 
     def __init__(self, step: Callable[..., Tensor]):
         self.step, self.calls, self.graph = step, 0, None
+        self.stream = torch.cuda.Stream()
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         self.calls += 1
         if self.calls <= self.WARM_UP:
-            return self.warm_up(*inputs)
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                output = self.step(*inputs)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return output
         if self.calls == self.WARM_UP + 1:
             self.record(*inputs)
         if self.graph is None:
@@ -638,15 +643,6 @@ class Recorded:
             recorded.copy_(new)
         self.graph.replay()
         return self.output.clone()
-
-    def warm_up(self, *inputs: Tensor) -> Tensor:
-        """An ordinary call, on another stream."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            output = self.step(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        return output
 
     def record(self, *inputs: Tensor) -> None:
         """Records the step, which does not run it; `graph` stays None if that fails."""
