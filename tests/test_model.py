@@ -9,6 +9,7 @@ import math
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -47,31 +48,29 @@ def mmds(codes: Tensor, kernel: Kernel, prior: Tensor) -> Tensor:
     return torch.stack([model.exact_mmd(codes, kernel), model.sampled_mmd(codes, kernel, prior)])
 
 
-def u_statistic(q: np.ndarray, p: np.ndarray, kernel: Kernel) -> float:
+def u_statistic(codes: Tensor, prior: Tensor, kernel: Kernel) -> float:
     """MMD^2 from the kernels of all pairs, in NumPy."""
-    (n, nz), variance, points = q.shape, kernel.pz_scale**2, np.concatenate([q, p])
+    (n, nz), variance, points = codes.shape, kernel.pz_scale**2, torch.cat([codes, prior]).numpy()
     d2 = ((points[:, None] - points) ** 2).sum(2)
     values = sum(c / (c + d2) for c in 2 * nz * variance * np.array(kernel.scales))
     if kernel.name == "RBF":
         values = np.exp(-d2 / (2 * np.median(d2[np.triu_indices(2 * n, 1)])))
     shrunk = points * np.sqrt(2 / (1 + (points**2).sum(1, keepdims=True) / (nz * variance)))
     values += kernel.quadratic * (shrunk @ shrunk.T) ** 2 / (nz * variance**2)
-    different = ~np.eye(n, dtype=bool)
-    within = values[:n, :n][different].mean() + values[n:, n:][different].mean()
+    others = ~np.eye(n, dtype=bool)
+    within = values[:n, :n][others].mean() + values[n:, n:][others].mean()
     return within - 2 * values[:n, n:].mean()
 
 
 @pytest.mark.parametrize("quadratic", [0.0, 0.5])
-@pytest.mark.parametrize("scales", [(0.1, 0.2, 0.5, 1, 2, 5, 10), (1.0,)])
+@pytest.mark.parametrize("scales", [model.IMQ_SCALES, (1.0,)])
 @pytest.mark.parametrize("pz_scale", [1.0, 2.5])
 @pytest.mark.parametrize("name", KERNELS)
 def test_sampled_mmd_is_the_u_statistic(name, pz_scale, scales, quadratic):
     codes, prior = 0.5 * double(7, 3) + 1, pz_scale * double(7, 3)
     kernel = Kernel(name, pz_scale, scales, quadratic)
     values = mmds(codes, kernel, prior)
-    assert values[1].item() == pytest.approx(
-        u_statistic(codes.numpy(), prior.numpy(), kernel), 1e-9
-    )
+    assert values[1].item() == pytest.approx(u_statistic(codes, prior, kernel), 1e-9)
     # The unit of the latent space does not matter.
     assert_close(mmds(3 * codes, kernel._replace(pz_scale=3 * pz_scale), 3 * prior), values)
 
@@ -100,12 +99,11 @@ def test_exact_mmd_of_prior_samples(name):
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("name", KERNELS)
 def test_sum_of_blocks(name, rows, monkeypatch):
-    """So many rows at a time have the value of the whole, and the gradient of finite differences."""
+    """So many rows at a time have the value of the whole and the gradient of differences."""
     kernel, codes, prior = Kernel(name, 1.5, quadratic=0.5), double(5, 2), double(5, 2) + 1
     whole, variance = mmds(codes, kernel, prior), model.median_bandwidth(codes, prior)
-    sizes, distances = [], model.squared_distances
-    count = lambda a, b: sizes.append(len(a)) or distances(a, b)  # noqa: E731
-    monkeypatch.setattr(model, "squared_distances", count)
+    spy = mock.Mock(wraps=model.squared_distances)
+    monkeypatch.setattr(model, "squared_distances", spy)
     # No gradient passes through the bandwidth, and finite differences would see it change.
     monkeypatch.setattr(model, "median_bandwidth", lambda *_: variance)
     monkeypatch.setattr(model, "BLOCK_ENTRIES", rows * 5)
@@ -114,7 +112,7 @@ def test_sum_of_blocks(name, rows, monkeypatch):
         with torch.set_grad_enabled(enabled):
             assert_close(mmds(codes, kernel, prior), whole)
     assert torch.autograd.gradcheck(lambda q: 7 * mmds(q, kernel, prior), codes)
-    assert max(sizes) == rows
+    assert max(len(call.args[0]) for call in spy.mock_calls) == rows
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -138,8 +136,11 @@ def wave(*shape: int, phase: float = 0) -> Tensor:
     return torch.arange(math.prod(shape)).double().add(phase).sin().view(shape)
 
 
-def test_official_code():
-    """Constants from its formulas (github.com/tolstikhin/wae, 0d9002c), in NumPy in float64."""
+# In the next two tests, constants are from the formulas of the official code (tolstikhin/wae on
+# GitHub, commit 0d9002c, wae.py and models.py), written down again in NumPy, in float64.
+
+
+def test_reconstruction_cost_of_the_official_code():
     x, y = wave(2, 3, 4, 4), wave(2, 3, 4, 4, phase=1)  # on the scale from -1 to 1
     # 0.05 mean_n sum d^2, 0.2 mean_n sqrt(1e-8 + sum d^2) and 0.02 mean_n sum |d|.
     costs = {"l2sq": 1.1008506695598865, "l2": 0.9384214674861941, "l1": 0.584377740598482}
@@ -147,35 +148,29 @@ def test_official_code():
         symmetric = model.reconstruction_cost(x, y, cost, True)
         unit = model.reconstruction_cost((x + 1) / 2, (y + 1) / 2, cost)
         assert [symmetric.item(), unit.item()] == pytest.approx([expected] * 2, 1e-7)
+        perfect = x.clone().requires_grad_()
+        model.reconstruction_cost(perfect, x, cost).backward()
+        assert perfect.grad.isfinite().all()
+    with pytest.raises(ValueError, match="unknown cost 'l3'"):
+        model.reconstruction_cost(x, y, "l3")
 
+
+def test_mmd_prior_density_and_sharpness_of_the_official_code():
     q, p = 2 * wave(5, 3), 2 * wave(5, 3, phase=2)
     # Sums of C / (C + d^2), C = 2 * 3 * 1.5^2 s, over 5 * 4 pairs i != j and over 5 * 5.
     value = model.sampled_mmd(q, Kernel("IMQ", 1.5), p)
     assert value.item() == pytest.approx(0.9093311563031832, 1e-9)
-
     # -|z|^2 / (2 * 1.5^2) - log(2 pi) / 2 - 3 / 2 log(1.5^2): of three dimensions the official code
     # has one log(2 pi) / 2, which the bias of the discriminator makes up for.
     plain, trick = model.Discriminator(3), model.Discriminator(3, prior_scale=1.5)
     trick.load_state_dict(plain.state_dict())
     values = trick(q.float()) - plain(q.float()) + math.log(2 * math.pi)
     assert values[:2].tolist() == pytest.approx([-3.4996851719, -3.4795122025], 1e-6)
-
     # The variance over 3 x 3 places of [[0, 1, 0], [1, -4, 1], [0, 1, 0]] on the grey image, of
     # weights 0.299, 0.587, 0.114 (0.2989 there, for 0.61836 and 0.54289); and of one channel.
     images = (wave(2, 3, 5, 5).float() + 1) / 2
     values = [*model.sharpness(images), *model.sharpness(images[:, :1])]
     assert values == pytest.approx([0.61848571, 0.54300245, 0.64295952, 0.56583253], 1e-5)
-
-
-def test_losses_at_their_extremes():
-    x = torch.rand(2, 3, 4, 4).requires_grad_()
-    for cost in ("l2sq", "l2", "l1"):
-        loss = model.reconstruction_cost(x, x.detach(), cost)
-        assert torch.autograd.grad(loss, x)[0].isfinite().all()
-    with pytest.raises(ValueError, match="unknown cost 'l3'"):
-        model.reconstruction_cost(x, x, "l3")
-    # log(1 - sigmoid(300)) would be minus infinity.
-    assert model.discriminator_loss(torch.tensor([-300.0]), torch.tensor([300.0])) == 600
 
 
 def build_run(tmp_path, *flags: str) -> main.Run:
@@ -218,13 +213,12 @@ def test_train_step_gan(trick, tmp_path):
     adam = torch.optim.Adam(discriminator.parameters())
     adam.load_state_dict(copy.deepcopy(optimizer["discriminator"].state_dict()))
     assert (adam.param_groups[0]["lr"], adam.param_groups[0]["betas"]) == (0.01, (0.5, 0.999))
-    note = lambda *_: used.extend(gradients(run.discriminator))  # noqa: E731
-    optimizer["discriminator"].register_step_pre_hook(note)
+    optimizer["discriminator"].register_step_pre_hook(
+        lambda *_: used.extend(gradients(run.discriminator))
+    )
     bce, ones, zeros = F.binary_cross_entropy_with_logits, torch.ones(8), torch.zeros(8)
 
-    def expected(
-        x: Tensor, prior: Tensor, y: Tensor, codes: Tensor, *_: None
-    ) -> tuple[Tensor, ...]:
+    def expected(x, prior, y, codes, *_) -> tuple[Tensor, ...]:
         loss_d = bce(discriminator(prior), ones) + bce(discriminator(codes.detach()), zeros)
         discriminator.zero_grad()
         (7 * loss_d).backward()
@@ -237,6 +231,8 @@ def test_train_step_gan(trick, tmp_path):
         return cost, bce(run.discriminator(codes), ones), loss_d
 
     check_step(run, expected)
+    # log(1 - sigmoid(300)) would be minus infinity.
+    assert model.discriminator_loss(torch.tensor([-300.0]), torch.tensor([300.0])) == 600
 
 
 @pytest.mark.parametrize(
@@ -317,8 +313,11 @@ def test_encoder_and_decoder_shapes(arch, size, channels):
 def test_network_sizes(arch, kernel, side):
     """Counts weights: a batch norm has 2 a channel, and no bias before it (appendix C.2)."""
     with torch.device("meta"):
-        net = [model.AutoEncoder(64, 3, 64, 128, arch, noise, False) for noise in ("", "gaussian")]
-        networks = (net[0].encoder, net[1].encoder, net[0].decoder, model.Discriminator(64))
+        plain, gaussian = (
+            model.AutoEncoder(64, 3, 64, 128, arch, noise, False)
+            for noise in ("deterministic", "gaussian")
+        )
+        networks = (plain.encoder, gaussian.encoder, plain.decoder, model.Discriminator(64))
     inner = kernel**2 * (128 * 256 + 256 * 512 + 512 * 1024)
     convolutions = kernel**2 * 3 * 128 + inner + 2 * (128 + 256 + 512 + 1024)
     linear = (4 * 4 * 1024 + 1) * 64
@@ -416,16 +415,13 @@ def test_frechet_distance():
 
 
 @pytest.mark.parametrize(
-    ("mean", "variances", "pz_scale"),
-    [
-        pytest.param(0.0, [1.0] * 64, 1.0, id="prior"),
-        pytest.param(0.1, np.linspace(0.3, 2, 64), 1.5, id="far"),
-        pytest.param(0.0, [1.2] * 48 + [0.0] * 16, 1.0, id="unused directions"),
-    ],
+    ("low", "high", "unused", "mean", "pz_scale"),
+    [(1.0, 1.0, 0, 0.0, 1.0), (0.3, 2.0, 0, 0.1, 1.5), (1.2, 1.2, 16, 0.0, 1.0)],
 )
-def test_gaussian_w2_is_the_distance_on_average(mean, variances, pz_scale):
+def test_gaussian_w2_is_the_distance_on_average(low, high, unused, mean, pz_scale):
     """To 0.05: the correction for the sample size is of the first order."""
-    deviations, (axes, _) = torch.tensor(variances).double().sqrt(), torch.linalg.qr(double(64, 64))
+    (axes, _), deviations = torch.linalg.qr(double(64, 64)), torch.linspace(low, high, 64).sqrt()
+    deviations[:unused] = 0
     sets = (double(40, 900, 64) * deviations + mean) @ axes
     values = torch.stack([model.gaussian_w2(codes, pz_scale) for codes in sets])
     assert_mean(values, 64 * mean**2 + (deviations - pz_scale).square().sum(), slack=0.05)
@@ -436,10 +432,10 @@ def test_moments_and_covariance_eigenvalues():
     for batch in rows.split(4):
         moments.add(batch)
     mean, covariance = moments.result()
-    np.testing.assert_allclose(mean, rows.mean(0), rtol=1e-5)
-    np.testing.assert_allclose(covariance, np.cov(rows.T), rtol=1e-5)
+    np.testing.assert_allclose(mean, rows.double().mean(0), rtol=1e-9)
+    np.testing.assert_allclose(covariance, np.cov(rows.double().T), rtol=1e-9)
     values, vectors = model.covariance_eigenvalues(rows)
-    np.testing.assert_allclose(vectors * values @ vectors.T, covariance, rtol=1e-5)
+    np.testing.assert_allclose(vectors * values @ vectors.T, covariance, rtol=1e-9)
     assert values.tolist() == sorted(values.tolist())
 
 
