@@ -333,6 +333,7 @@ class Run:
             )
             self.amp = False
         self.step, self.best, self.log = 0, math.inf, ""
+        self.images: str | None = None  # the digest of those that a checkpoint was trained on
         self.best_state: dict[str, Any] | None = None  # until the next checkpoint is written
         # Images that are encoded or decoded at a time in an evaluation.
         self.eval_batch = max(flags.batch_size, GPU_BATCH if flags.cuda else 0)
@@ -429,7 +430,7 @@ class Run:
         """Copies what a checkpoint keeps. Raises UserError if it does not fit or is not finite."""
         name = ""
         try:
-            self.step = state["step"]
+            self.step, self.images = state["step"], state["images"]
             self.best, self.log = state.get("best", math.inf), state.get("log", "")
             for name, network in self.networks.items():
                 if name in state:
@@ -810,8 +811,9 @@ def evaluate(run: Run, data: Data, folders: bool) -> None:
         ratio = densities["mixture"].log_prob(codes.double())
         ratio -= model.prior_log_density(codes.double(), flags.pz_scale)
         metrics["test_nats"] = ratio.mean().item()
-        state = {name: model.mixture_state(density) for name, density in densities.items()}
-        utils.save_checkpoint(outf / DENSITIES, state)
+        if run.images in (None, data.digest):  # of other images they would not be the run's
+            state = {name: model.mixture_state(density) for name, density in densities.items()}
+            utils.save_checkpoint(outf / DENSITIES, state)
     if len(codes) > 1:
         metrics |= prior_metrics(run, len(codes))
         utils.save_picture(outf / "codes.png", plot_codes(run, codes))
@@ -856,6 +858,8 @@ def generate(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> int:
     run.load_state_dict(checkpoint)
     if flags.density != "prior":
         path = (flags.checkpoint or flags.outf / CHECKPOINT).with_name(DENSITIES)
+        if "densities" not in checkpoint and not path.exists():
+            raise UserError(f"--density={flags.density}: {path} is missing; --evaluate leaves it")
         densities = checkpoint.get("densities") or utils.load_checkpoint(path, flags.density)
         state = densities[flags.density]
         density = model.mixture(**{k: v.to(run.world.device).double() for k, v in state.items()})
