@@ -122,12 +122,16 @@ class Program:
     @property
     def out(self) -> str:
         """What it printed."""
-        return (self.folder / "stdout").read_text()
+        return self.said("stdout")
 
     @property
     def err(self) -> str:
         """What it printed on standard error: messages, progress bars, tracebacks."""
-        path = self.folder / "stderr"
+        return self.said("stderr")
+
+    def said(self, name: str) -> str:
+        """What is in a file of its output so far."""
+        path = self.folder / name
         return path.read_text() if path.exists() else ""
 
     @property

@@ -12,7 +12,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import program
@@ -27,11 +29,10 @@ import utils
 N_IMAGES, STEPS = 46, 5  # of which TINY holds out 6, and makes batches of 8
 CASES = {
     "gan": ["--mode=gan"],
-    "IMQ": ["--mode=mmd", "--kernel=IMQ"],
-    "RBF": ["--mode=mmd", "--kernel=RBF"],
+    "exact": ["--mode=mmd", "--quadratic=0.3"],
+    "sampled": ["--mode=mmd", "--mmd=sampled", "--kernel=RBF"],
     "vae": ["--mode=vae"],
 }
-LAUNCHED = ("--ngpu=2", *ENDLESS)
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,7 @@ def torchrun_variables(size: int) -> list[dict[str, str]]:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "WORLD_SIZE": str(size)}
+    shared["TORCHELASTIC_RUN_ID"] = "test"
     return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
@@ -74,6 +76,107 @@ def from_all(size: int, function: Callable[[utils.World], object], folder: Path)
     return [torch.load(path) for path in paths]
 
 
+def note(found: dict[str, torch.Tensor], name: str, network: torch.nn.Module) -> None:
+    """Notes the gradients of the weights, as what an optimiser does."""
+    found |= {f"{name} {key}": value.grad.clone() for key, value in network.named_parameters()}
+
+
+def gradients(world: utils.World) -> dict[str, torch.Tensor]:
+    """The gradients of a step, by case and weight; batch norm is in evaluation mode."""
+    found = {}
+    rng = torch.Generator().manual_seed(0)
+    batch = torch.randint(0, 256, (12, 32, 32, 3), generator=rng, dtype=torch.uint8)
+    prior = torch.randn(12, 4, generator=rng)
+    for case, argv in CASES.items():
+        tiny = ["--image_size=32", "--nf=4", "--nz=4", "--batch_size=12"]
+        noise = [] if case == "vae" else ["--noise=deterministic"]
+        folders = ["--dataroot=unused", "--outf=unused_too"]
+        run = main.Run(main.get_flags([*argv, *tiny, *noise, *folders])[0], world)
+        if case == "vae":  # no noise to speak of
+            run.net.encoder.moments.weight.data[4:] = 0
+            run.net.encoder.moments.bias.data[4:] = -49
+        with torch.no_grad():
+            for _ in range(20):  # so that activations and gradients are of ordinary size
+                run.net(run.to_input(batch))
+        run.net.eval()
+        for name, network in run.networks.items():
+            run.optimizers[name].step = partial(note, found, f"{case} {name}", network)
+        inputs = (run.to_input(batch.chunk(world.size)[world.rank]), prior)
+        main.train_step(run, *inputs[: 1 + run.needs_prior])
+    return found
+
+
+def test_train_step_in_three_processes(tmp_path):
+    """The gradients are those of one process."""
+    expected = gradients(utils.World(0, 1, torch.device("cpu")))
+    assert {name.split()[1] for name in expected} == {"net", "discriminator"}
+    for rank, found in enumerate(from_all(3, gradients, tmp_path)):
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            scale = gradient.abs().max()
+            assert scale > 1e-6, f"nothing to compare: {name}"
+            difference = (found[name] - gradient).abs().max()
+            assert difference <= 5e-5 * scale, f"{name}, process {rank}"
+
+
+def test_main_by_torchrun(data, tmp_path):
+    """It continues a run of one process, and leaves the same files."""
+    out = tmp_path / "out"
+    program.run(tmp_path / "one", *data, "--niter=1", f"--outf={out}")
+    before = set(os.listdir(out))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(REPO / "main.py"), *data, "--niter=2", f"--outf={out}"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr
+    # One set of files, of which each belongs to an epoch or to the run ...
+    names = ("fake_samples", "reconstructions", "interpolations")
+    assert set(os.listdir(out)) == before | {f"{name}_epoch_002.png" for name in names}
+    # ... and a log in which a step is one of a global batch.
+    assert steps(out) == list(range(1, 2 * STEPS + 1))
+    assert [int(row["step"]) for row in rows(out) if row["test_mse"]] == [STEPS, 2 * STEPS]
+    assert done.stdout.count("epoch 2:") == done.stderr.count("continuing the run") == 1
+
+
+def sleep_not() -> None:
+    """Says how long the program would wait before its last words, and does not wait."""
+    say = lambda seconds: print(f"waited {seconds:g} s", file=sys.stderr)  # noqa: E731
+    main.time = SimpleNamespace(sleep=say, perf_counter=time.perf_counter)
+
+
+@pytest.mark.parametrize("differ", ["--lr, --lr_adv", "the checkpoint in --outf"])
+def test_check_agreement(differ, data, tmp_path):
+    """A flag differs, or, as on machines that do not share --outf, the run to continue."""
+    outs, flags = [tmp_path / "0", tmp_path / "1"], [["--lr=0.001"], ["--lr=0.002"]]
+    if "checkpoint" in differ:
+        program.run(tmp_path / "one", *data, "--niter=1", f"--outf={outs[0]}")
+        flags = [["--niter=2"]] * 2
+    ranks = [
+        Program(
+            tmp_path / f"of {out.name}", *data, *more, f"--outf={out}", env=env, change=sleep_not
+        )
+        for out, more, env in zip(outs, flags, torchrun_variables(2), strict=True)
+    ]
+    ranks[0].fails(1, f"the processes do not agree on {differ}")
+    assert ranks[1].wait() == 1
+    assert ranks[1].messages == ["waited 5 s", *ranks[0].messages]  # torchrun ends it before
+
+
+def break_down() -> None:
+    """Puts a bug into the program."""
+    sleep_not()
+    main.load_data = lambda *_: {}["a bug"]
+
+
+def test_main_bug_in_a_process(data, tmp_path):
+    """Its traceback is not waited for."""
+    env = torchrun_variables(2)[1]
+    broken = program.run(tmp_path, *data, f"--outf={tmp_path / 'x'}", env=env, change=break_down)
+    assert broken.process.exitcode == 1 and "KeyError: 'a bug'" in broken.err
+    assert "waited" not in broken.err
+
+
 def children(pid: int) -> dict[str, int]:
     """Processes that torchrun has started, by rank."""
     found = {}
@@ -92,81 +195,11 @@ def all_end(pids: list[int]) -> bool:
     return not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
-def gradients(world: utils.World) -> dict[str, torch.Tensor]:
-    """What a step leaves in .grad, by case and weight; batch norm is in evaluation mode."""
-    found = {}
-    rng = torch.Generator().manual_seed(0)
-    batch = torch.randint(0, 256, (12, 32, 32, 3), generator=rng, dtype=torch.uint8)
-    prior = torch.randn(12, 4, generator=rng)
-    for case, argv in CASES.items():
-        tiny = ["--image_size=32", "--nf=4", "--nz=4", "--batch_size=12"]
-        noise = [] if case == "vae" else ["--noise=deterministic"]
-        folders = ["--dataroot=unused", "--outf=unused_too"]
-        run = main.Run(main.get_flags([*argv, *tiny, *noise, *folders])[0], world)
-        if case == "vae":  # no noise to speak of
-            run.net.encoder.moments.weight.data[4:] = 0
-            run.net.encoder.moments.bias.data[4:] = -49
-        with torch.no_grad():
-            for _ in range(20):  # so that activations and gradients are of ordinary size
-                run.net(run.to_input(batch))
-        run.net.eval()
-        for optimizer in run.optimizers.values():
-            optimizer.step = lambda: None
-        run.wrap()
-        main.train_step(run, run.to_input(batch.chunk(world.size)[world.rank]), prior)
-        for name, network in run.networks.items():
-            for key, value in network.named_parameters():
-                found[f"{case} {name} {key}"] = value.grad.clone()
-    return found
-
-
-def test_gradients_are_those_of_one_process(tmp_path):
-    expected = gradients(utils.World(0, 1, torch.device("cpu")))
-    assert {name.split()[1] for name in expected} == {"net", "discriminator"}
-    for rank, found in enumerate(from_all(3, gradients, tmp_path)):
-        assert found.keys() == expected.keys()
-        for name, gradient in expected.items():
-            scale = gradient.abs().max()
-            assert scale > 1e-6, f"nothing to compare: {name}"
-            difference = (found[name] - gradient).abs().max()
-            assert difference <= 5e-5 * scale, f"{name}, process {rank}"
-
-
-def test_torchrun_by_hand_continues_a_run_of_one_process(data, tmp_path):
-    out = tmp_path / "out"
-    program.run(tmp_path / "one", *data, "--niter=1", f"--outf={out}")
-    before = set(os.listdir(out))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(REPO / "main.py"), *data, "--niter=2", f"--outf={out}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr
-    # One set of files, of which each belongs to an epoch or to the run ...
-    pictures = {
-        f"{name}_epoch_002.png" for name in ("fake_samples", "reconstructions", "interpolations")
-    }
-    assert set(os.listdir(out)) == before | pictures
-    # ... and a log in which a step is one of a global batch.
-    assert steps(out) == list(range(1, 2 * STEPS + 1))
-    assert [int(row["step"]) for row in rows(out) if row["test_mse"]] == [STEPS, 2 * STEPS]
-    assert done.stdout.count("epoch 2:") == done.stderr.count("continuing the run") == 1
-
-    again = program.run(tmp_path / "again", *data, "--niter=2", "--ngpu=2", f"--outf={out}")
-    again.succeeds()
-    assert again.out == f"the run in {out} is complete; a larger --niter continues it\n"
-
-
-def test_processes_that_find_different_checkpoints(data, tmp_path):
-    """As on machines that do not share --outf: one would continue, the other begin."""
-    program.run(tmp_path / "one", *data, "--niter=1", f"--outf={tmp_path / '0'}")
-    argv = [*data, "--niter=2"]
-    ranks = [
-        Program(tmp_path / f"rank {n}", *argv, f"--outf={tmp_path / str(n)}", env=env)
-        for n, env in enumerate(torchrun_variables(2))
-    ]
-    ranks[0].fails(1, "the processes do not find the same checkpoint and images")
-    ranks[1].kill(signal.SIGKILL)  # it waits for torchrun to do that
+def launch(data: list[str], out: Path, number: int = 3) -> Program:
+    """An endless run of two processes, which has logged so many steps."""
+    both = Program(out.parent / "two", *data, "--ngpu=2", *ENDLESS, f"--outf={out}")
+    both.wait_until(lambda: log_lines(out) > number)
+    return both
 
 
 def continues(data: list[str], out: Path) -> None:
@@ -176,19 +209,57 @@ def continues(data: list[str], out: Path) -> None:
     assert steps(out) == list(range(1, epochs * STEPS + 1))
 
 
-def test_sigterm_to_ngpu_2_leaves_a_checkpoint_that_one_process_continues(data, tmp_path):
-    out = tmp_path / "out"
-    both = Program(tmp_path / "two", *data, *LAUNCHED, f"--outf={out}")
-    both.wait_until(lambda: log_lines(out) > 3)
+def test_launch_sigterm(data, tmp_path):
+    both = launch(data, tmp_path / "out")
     both.kill(signal.SIGTERM)
     assert both.wait() == 128 + signal.SIGTERM, both.err
     assert "Traceback" not in both.err
-    assert sorted(p.name for p in out.glob("*checkpoint*")) == ["checkpoint.pth.tar"]
     assert both.err.count("; the same command continues") == 1
-    continues(data, out)
+    continues(data, tmp_path / "out")
 
 
-def test_sigint_in_one_process_stops_all(data, tmp_path):
+def test_launch_sigkill(data, tmp_path):
+    """The processes of a launcher that is killed end by themselves."""
+    both = launch(data, tmp_path / "out", STEPS + 3)  # in the second epoch
+    ranks = list(children(both.process.pid).values())
+    both.kill(signal.SIGKILL)
+    both.wait()
+    assert len(ranks) == 2 and all_end(ranks)
+    continues(data, tmp_path / "out")
+
+
+def test_launch_any_number_of_interrupts(data, tmp_path):
+    """Of Ctrl-C, which a terminal sends to all processes of the command."""
+    both = launch(data, tmp_path / "out")
+    for _ in range(15):
+        # What ends meanwhile has no entry in /proc any more.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for pid in (*children(both.process.pid).values(), both.process.pid):
+                os.kill(pid, signal.SIGINT)
+        time.sleep(0.05)
+    assert both.wait() == 128 + signal.SIGINT, both.err
+    assert "Traceback" not in both.err and "Exception ignored" not in both.err
+    assert (tmp_path / "out" / "checkpoint.pth.tar").exists()
+
+
+def test_launch_killed_process(data, tmp_path):
+    both = launch(data, tmp_path / "out")
+    ranks = children(both.process.pid)
+    os.kill(ranks["1"], signal.SIGKILL)
+    assert both.wait() == 128 + signal.SIGKILL
+    assert both.messages[-1] == "main.py: error: process 1 of 2 was killed by signal 9"
+    assert all_end(list(ranks.values()))
+
+
+def test_launch_mistake(data, tmp_path):
+    """No other machine is waited for. (On a busy machine the second process says it, too.)"""
+    flags = ["--ngpu=2", f"--dataroot={tmp_path / 'none'}", f"--outf={tmp_path / 'out'}"]
+    wrong = program.run(tmp_path, *data, *flags, env={"PET_NNODES": "2"})
+    assert wrong.wait() == 1 and len(set(wrong.messages)) == 1, wrong.err
+    assert f"error: --dataroot={tmp_path / 'none'}: no such folder" in wrong.messages[0]
+
+
+def test_train_sigint_in_one_process(data, tmp_path):
     out = tmp_path / "out"
     argv = [*data, *ENDLESS, f"--outf={out}"]
     ranks = [Program(tmp_path / env["RANK"], *argv, env=env) for env in torchrun_variables(2)]
@@ -199,51 +270,7 @@ def test_sigint_in_one_process_stops_all(data, tmp_path):
     assert utils.load_checkpoint(out / "checkpoint.pth.tar")["flags"]["batch_size"] == 8
 
 
-def test_any_number_of_interrupts(data, tmp_path):
-    """Of Ctrl-C, which a terminal sends to all processes of the command."""
-    out = tmp_path / "out"
-    both = Program(tmp_path / "two", *data, *LAUNCHED, f"--outf={out}")
-    both.wait_until(lambda: log_lines(out) > 3)
-    for _ in range(15):
-        # What ends meanwhile has no entry in /proc any more.
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for pid in (*children(both.process.pid).values(), both.process.pid):
-                os.kill(pid, signal.SIGINT)
-        time.sleep(0.05)
-    assert both.wait() == 128 + signal.SIGINT, both.err
-    assert "Traceback" not in both.err and "Exception ignored" not in both.err
-    assert (out / "checkpoint.pth.tar").exists()
-
-
-def test_processes_end_with_their_launcher(data, tmp_path):
-    """Killed, it cannot end them; the run then continues and has each step once."""
-    out = tmp_path / "out"
-    both = Program(tmp_path / "two", *data, *LAUNCHED, f"--outf={out}")
-    both.wait_until(lambda: (out / "checkpoint.pth.tar").exists() and log_lines(out) > 3)
-    ranks = list(children(both.process.pid).values())
-    both.kill(signal.SIGKILL)
-    both.wait()
-    assert len(ranks) == 2 and all_end(ranks)
-    continues(data, out)
-
-
-def test_a_process_that_is_killed_ends_the_run(data, tmp_path):
-    out = tmp_path / "out"
-    both = Program(tmp_path / "two", *data, *LAUNCHED, f"--outf={out}")
-    both.wait_until(lambda: log_lines(out) > 3)
-    ranks = children(both.process.pid)
-    os.kill(ranks["1"], signal.SIGKILL)
-    both.fails(128 + signal.SIGKILL, "process 1 of 2 was killed by signal 9")
-    assert all_end(list(ranks.values()))
-
-
-def test_a_mistake_is_told_once(data, tmp_path):
-    flags = ["--ngpu=2", f"--dataroot={tmp_path / 'none'}", f"--outf={tmp_path / 'out'}"]
-    wrong = program.run(tmp_path, *data, *flags)
-    wrong.fails(1, f"--dataroot={tmp_path / 'none'}: no such folder")
-
-
-def test_impossible_numbers_of_processes(data, tmp_path):
+def test_get_flags_numbers_of_processes(data, tmp_path):
     def refuses(env: dict[str, str], words: str, *flags: str) -> None:
         refused = program.run(tmp_path, *data, *flags, f"--outf={tmp_path / 'out'}", env=env)
         refused.fails(2, words)
