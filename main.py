@@ -900,10 +900,12 @@ def load_data(flags: argparse.Namespace, stored: dict[str, Any] | None, world: W
     how = (flags.dataset, flags.image_size, flags.crop, flags.workers, flags.cache_dir)
     images, names, digest = utils.load_images(flags.dataroot, *how, flags.channels)
     n_test = flags.n_test or utils.default_n_test(len(images))
+    if flags.evaluate:  # of any number of images, those of the checkpoint or others
+        n_test = min(n_test, len(images))
     n_train = len(images) - n_test
-    if n_train < (0 if flags.evaluate else flags.batch_size):
-        need = "" if flags.evaluate else f", --batch_size={flags.batch_size}"
-        raise UsageError(f"--n_test={n_test}{need}: {len(images)} images are too few")
+    if not flags.evaluate and n_train < flags.batch_size:
+        flag = f"--n_test={n_test}, --batch_size={flags.batch_size}"
+        raise UsageError(f"{flag}: {len(images)} images are too few")
     if stored and digest != stored["images"]:
         message = f"--dataroot={flags.dataroot}: not the images that the checkpoint was trained on"
         if not flags.evaluate:
