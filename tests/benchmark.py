@@ -1,12 +1,13 @@
 """Measures speed and memory on this machine; run by hand. The table goes to standard output.
 
     python3 tests/benchmark.py                                 # on toy faces, on the CPU
-    python3 tests/benchmark.py --cuda --dataroot=data/celebA   # on a GPU, and row `gpu`
+    python3 tests/benchmark.py --cuda --dataroot=data/celebA   # on a GPU
     python3 tests/benchmark.py --only=training,mmd --nf=32     # some of the rows
 
-A figure is a median over rounds. What it is compared with is measured in the same rounds, in turns.
-"In memory" is the training step on one batch that stays where it is, recorded on a GPU.
-"Predecessor" is the step of telin0411/WAE-PyTorch, with the networks of this project, not recorded.
+A figure is a median over rounds. A row with a dash is measured in turns with the row above without
+one, and the ratio is of that row to this. In memory: the step on one batch that stays where it is,
+recorded on a GPU (if that fails, standard error says so). Predecessor: such a step as that of
+telin0411/WAE-PyTorch, not recorded. Memory of a GPU is all that PyTorch holds there.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from statistics import harmonic_mean, median
+from statistics import median
 from subprocess import DEVNULL, Popen
 from unittest import mock
 
@@ -34,8 +35,7 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-REPO = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(REPO))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import download_datasets  # noqa: E402
 import main  # noqa: E402
 import model  # noqa: E402
@@ -43,120 +43,101 @@ import utils  # noqa: E402
 
 
 class Predecessor:
-    """Each loss has its own encoding, backward pass and Adam step.
-
-    Gradients are set to zero once a step, so that later steps see the sum of what is left.
-    """
+    """Trains by an encoding, a backward pass and an Adam step for each loss."""
 
     def __init__(self, run: main.Run):
-        self.run, self.flags, self.encoder = run, run.flags, run.net.encoder
-        adam = partial(torch.optim.Adam, lr=self.flags.lr, betas=(self.flags.beta1, 0.999))
-        self.adam_encoder, self.adam_penalty = (adam(self.encoder.parameters()) for _ in range(2))
-        self.adam_decoder = adam(run.net.decoder.parameters())
-        if run.discriminator:
-            self.adam_d = adam(run.discriminator.parameters(), lr=self.flags.lr_adv)
+        self.run, encoder = run, run.net.encoder
+        parts = run.networks | {"encoder": encoder, "decoder": run.net.decoder, "penalty": encoder}
+        adam = partial(torch.optim.Adam, lr=run.flags.lr, betas=(run.flags.beta1, 0.999))
+        self.adam = {name: adam(part.parameters()) for name, part in parts.items()}
 
     def step(self, x: Tensor) -> None:
         """One step on images (n, C, S, S)."""
-        run, weight, d = self.run, self.flags.LAMBDA, self.run.discriminator
-        for network in run.networks.values():
-            network.zero_grad()
-        F.mse_loss(run.net(x)[0], x).backward()
-        self.adam_decoder.step()
-        self.adam_encoder.step()
-        z = run.sample_prior(len(x))
-        if self.flags.mode == "mmd":
-            (weight * model.sampled_mmd(self.encoder(x)[0], model.Kernel(), z)).backward()
-            self.adam_encoder.step()
+        encoder, d, weight = self.run.net.encoder, self.run.discriminator, self.run.flags.LAMBDA
+        for network in self.run.networks.values():
+            network.zero_grad()  # once: each Adam step sees all that was left since
+        F.mse_loss(self.run.net(x)[0], x).backward()
+        self.adam["decoder"].step()
+        self.adam["encoder"].step()
+        z = self.run.sample_prior(len(x))
+        if d is None:
+            (weight * model.sampled_mmd(encoder(x)[0], model.Kernel(), z)).backward()
+            self.adam["encoder"].step()
             return
-        self.encoder.eval()
-        codes, _ = self.encoder(x)  # not detached: this loss leaves a gradient on the encoder, too
-        self.encoder.train()
+        encoder.eval()
+        codes, _ = encoder(x)  # not detached: this loss leaves a gradient on the encoder, too
+        encoder.train()
         (weight * model.discriminator_loss(d(z), d(codes))).backward()
-        self.adam_d.step()
-        (weight * model.gan_penalty(d, self.encoder(x)[0])).backward()
-        self.adam_penalty.step()
+        self.adam["discriminator"].step()
+        (weight * model.gan_penalty(d, encoder(x)[0])).backward()
+        self.adam["penalty"].step()
 
 
 class Bench:
     """What all rows share: options, images, and a folder that is removed afterwards."""
 
     def __init__(self, options: argparse.Namespace, folder: Path):
-        self.folder, self.rounds, self.cuda, self.nf = (
-            folder,
-            options.rounds,
-            options.cuda,
-            options.nf,
-        )
+        self.options, self.folder, self.cuda = options, folder, options.cuda
         self.steps = options.steps or (50 if self.cuda else 10)
-        self.dataroot, self.dataset = options.dataroot or folder / "toy", options.dataset
+        self.dataroot = options.dataroot or folder / "toy"
         if not options.dataroot:
             download_datasets.get_toy(folder, 0, 4000)
+        data = {"dataroot": self.dataroot, "dataset": options.dataset, "cache_dir": folder}
+        flags = data | {"nf": options.nf, "niter": 1}
+        self.flags = [*(f"--{k}={v}" for k, v in flags.items()), *["--cuda"] * self.cuda]
         self.world = utils.World(0, 1, utils.pick_device(self.cuda, 0))
-        how = (self.dataset, 64, None, utils.n_cores(), folder)
-        self.array, *_ = utils.load_images(self.dataroot, *how)
+        images, *_ = utils.load_images(**data, workers=utils.n_cores())
+        n = max(2000, 100 * (self.steps + 10))
+        images = images[:n] if len(images) >= n else np.resize(images, (n, 64, 64, 3))
+        self.images = utils.put_on_device(images, self.world.device)
 
-    def flags(self, *more: str) -> list[str]:
-        """A command line of main.py, which writes to the folder of the benchmark."""
-        data = [f"--dataroot={self.dataroot}", f"--dataset={self.dataset}", f"--nf={self.nf}"]
-        paths = [f"--cache_dir={self.folder}", f"--outf={tempfile.mkdtemp(dir=self.folder)}"]
-        return [*data, *paths, "--niter=1", *["--cuda"] * self.cuda, *more]
-
-    def run(self, *more: str) -> main.Run:
+    def run(self, *flags: str) -> main.Run:
         """Networks and optimisers as main.py makes them."""
-        return main.Run(main.get_flags(self.flags(*more))[0], self.world)
-
-    def images(self, n: int) -> utils.Images:
-        """n images, on the GPU if there is one; repeated if there are fewer."""
-        few = n > len(self.array)
-        images = np.resize(self.array, (n, 64, 64, 3)) if few else self.array[:n]
-        return utils.put_on_device(images, self.world.device)
+        outf = tempfile.mkdtemp(dir=self.folder)
+        return main.Run(main.get_flags([*self.flags, f"--outf={outf}", *flags])[0], self.world)
 
     def train(self, run: main.Run, n: int) -> None:
         """main.train on n images, from the first step."""
-        run.step, images = 0, self.images(n)
-        main.train(run, main.Data(images, images[:2], [], ""))
+        run.step = 0
+        main.train(run, main.Data(self.images[:n], self.images[:2], [], ""))
         # It leaves handlers that end the process at once; the folder would stay.
         utils.handle_signals(signal.default_int_handler)
 
     def step(self, run: main.Run, record: bool) -> Callable[[], Tensor]:
         """The step of main.train on a batch that stays in memory."""
         n, step = run.flags.batch_size, lambda b, *z: main.train_step(run, run.to_input(b), *z)
-        batch = next(utils.batches(self.images(n), [np.arange(n)], self.world.device))
+        batch = next(utils.batches(self.images, [np.arange(n)], self.world.device))
         prior = (run.sample_prior(n),) if run.needs_prior else ()
         return partial(utils.Recorded(step) if record else step, batch, *prior)
 
-    def compare(self, name: str, unit: str, measure: Callable, *others: tuple) -> list[float]:
-        """Prints a row for each of the others, which are label, function and target.
-
-        Returns the medians.
-        """
-        functions = (measure, *(function for _, function, _ in others))
-        rounds = [[function() for function in functions] for _ in range(self.rounds)]
+    def compare(self, unit: str, functions: dict[str, Callable[[], float]]) -> list[float]:
+        """Prints a row for each function. Returns the medians."""
+        rounds = [[f() for f in functions.values()] for _ in range(self.options.rounds)]
         medians = [median(column) for column in zip(*rounds, strict=True)]
-        texts = [f"{value:,.{0 if value >= 100 else 2}f} {unit}" for value in medians]
-        for i, (label, _, target) in enumerate(others, 1):
-            ratio = median(values[0] / values[i] for values in rounds)
-            show(name, texts[0], f"{label}: {texts[i]}", f"{ratio:.3g}", target)
-        if not others:
-            show(name, texts[0])
+        for i, (name, value) in enumerate(zip(functions, medians, strict=True)):
+            ratio = f"{median(values[0] / values[i] for values in rounds):.3g}" if i else ""
+            show(name, f"{value:,.{0 if value >= 100 else 2}f} {unit}", ratio)
         return medians
 
 
-def show(*cells: str) -> None:
+def show(name: str, figure: str, ratio: str = "") -> None:
     """Prints a row of the table."""
-    print("|", " | ".join([*cells, *[""] * (5 - len(cells))]), "|", file=sys.__stdout__, flush=True)
+    print(f"| {name} | {figure} | {ratio} |", file=sys.__stdout__, flush=True)
 
 
 def seconds(function: Callable, times: int = 1) -> float:
     """The seconds that so many calls take, on a GPU too."""
-    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    wait()
-    start = time.perf_counter()
+    begin = time.perf_counter()
     for _ in range(times):
         function()
-    wait()
-    return time.perf_counter() - start
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def rate(function: Callable, images: int, times: int = 1) -> float:
+    """images/s of so many calls, each for so many images."""
+    return images * times / seconds(function, times)
 
 
 def resident_mb(pid: int | str = "self") -> float:
@@ -164,124 +145,91 @@ def resident_mb(pid: int | str = "self") -> float:
     return int(re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1e3
 
 
-def peak_mb(function: Callable, cuda: bool) -> float:
-    """The memory that a function needs: all that PyTorch holds on the GPU, or what this adds."""
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        function()
-        return torch.cuda.max_memory_reserved() / 1e6
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
-    before = resident_mb()
-    function()
-    return resident_mb() - before
-
-
-def first_steps(bench: Bench, steps: int) -> tuple[float, float]:
-    """Seconds from the command to the end of so many steps, and resident memory by then in MB."""
-    outf, start = Path(tempfile.mkdtemp(dir=bench.folder)), time.perf_counter()
-    flags, log = bench.flags(f"--outf={outf}", "--print_every=1"), outf / "log.csv"
-    with Popen([sys.executable, REPO / "main.py", *flags], stdout=DEVNULL) as process:
-        while not (log.exists() and log.read_text().count("\n") > steps):
-            if process.poll() is not None:
-                sys.exit("main.py ended before its first steps")
-            time.sleep(0.01)
-        result = time.perf_counter() - start, resident_mb(process.pid)
-        process.kill()
-    return result
-
-
 def start(bench: Bench) -> None:
-    """What comes before the training."""
-    listing = partial(utils.find_images, bench.dataroot)
-    bench.compare(f"listing {len(bench.array):,} images", "s", partial(seconds, listing))
-    bench.compare("from the command to the first step's end", "s", lambda: first_steps(bench, 1)[0])
+    """What comes before the training, and the memory that the first step takes."""
+    listing, memory = partial(utils.find_images, bench.dataroot), []
+
+    def first_step() -> float:
+        log, begin = Path(tempfile.mkdtemp(dir=bench.folder)) / "log.csv", time.perf_counter()
+        flags = [*bench.flags, f"--outf={log.parent}", "--print_every=1"]
+        with Popen([sys.executable, main.__file__, *flags], stdout=DEVNULL) as process:
+            while process.poll() is None and not (log.exists() and "\n1,1," in log.read_text()):
+                time.sleep(0.01)
+            taken = time.perf_counter() - begin
+            memory.append(resident_mb(process.pid))
+            process.kill()
+        return taken
+
+    bench.compare("s", {f"listing {len(listing()):,} images": partial(seconds, listing)})
+    bench.compare("s", {"from the command to the end of the first step": first_step})
+    show("resident memory by then (VmHWM)", f"{median(memory):,.0f} MB")
 
 
 def build(bench: Bench) -> None:
     """Decoding once."""
-    names, cores = [name for name, *_ in utils.find_images(bench.dataroot)], utils.n_cores()
-    crop = utils.CELEBA_CROP if bench.dataset == "celebA" else None
-
-    def speed(n: int, workers: int) -> float:
-        images = utils.Decoded([bench.dataroot / name for name in names[:n]], 64, crop, 3)
-        array = (bench.folder / "built", images, names[:n], workers)
-        return len(images) / seconds(partial(utils.build_array, *array))
-
-    one = ("one core", partial(speed, 1000, 0), f">= {0.85 * cores:.3g}")
-    bench.compare(f"decoding, {cores} cores", "images/s", partial(speed, 20_000, cores), one)
-
-
-def memory(bench: Bench) -> None:
-    """Of main.py."""
-    most = lambda: first_steps(bench, 3)[1]  # noqa: E731
-    bench.compare("resident memory (VmHWM) after three steps", "MB", most)
+    names, n = [name for name, *_ in utils.find_images(bench.dataroot)][:10_000], utils.n_cores()
+    crop = utils.CELEBA_CROP if bench.options.dataset == "celebA" else None
+    images = utils.Decoded([bench.dataroot / name for name in names], 64, crop, 3)
+    decode = partial(utils.build_array, bench.folder / "built", images, names)
+    every, one = (partial(rate, partial(decode, workers), len(names)) for workers in (n, 0))
+    bench.compare("images/s", {f"decoding once, {n} cores": every, "- one core": one})
 
 
 def training(bench: Bench) -> None:
-    """main.train against the step alone."""
-    n, every = bench.steps, min(10, bench.steps)
+    """The loop, against its step and the predecessor's."""
 
     def loop(run: main.Run) -> float:
-        bench.train(run, (every + n) * 100)
-        rows = csv.DictReader((run.flags.outf / "log.csv").open())
-        # Without the first steps, in which it starts and records.
-        return harmonic_mean(
-            [float(row["images_per_s"]) for row in rows if row["images_per_s"]][1:]
-        )
+        bench.train(run, len(bench.images))
+        log = csv.DictReader((run.flags.outf / "log.csv").read_text().splitlines())
+        rates = [float(row["images_per_s"]) for row in log if row["images_per_s"]]
+        return median(rates[1:])  # in the first steps it starts, and records
 
-    for mode in (["--mode=gan"], ["--mode=mmd"]):
-        run, old = bench.run(*mode, f"--print_every={every}"), Predecessor(bench.run(*mode))
-        step = bench.step(bench.run(*mode), record=bench.cuda)
+    for mode in ("--mode=gan", "--mode=mmd"):
+        run, old = bench.run(mode), Predecessor(bench.run(mode))
+        functions = {f"training, {mode}": partial(loop, run)}
+        step = bench.step(bench.run(mode), record=bench.cuda)
         old_step = partial(old.step, run.to_input(step.args[0]))
-        seconds(step, 4 if bench.cuda else 1)  # in which cuDNN chooses, and it is recorded
-        old_step()
-        others = (("in memory", step, ">= 0.97"), ("predecessor", old_step, ""))
-        others = ((k, lambda f=f: 100 * n / seconds(f, n), target) for k, f, target in others)
-        name = f"training, nf {bench.nf}, {mode[0]}"
-        bench.compare(name, "images/s", partial(loop, run), *others)
+        for label, each in (("in memory (at least 0.97)", step), ("predecessor", old_step)):
+            seconds(each, utils.Recorded.WARM_UP + 1)  # cuDNN chooses, and the step is recorded
+            functions[f"- {label}"] = partial(rate, each, 100, bench.steps)
+        bench.compare("images/s", functions)
 
 
 def gpu(bench: Bench) -> None:
     """What bfloat16, compilation, recording and larger batches are worth."""
-    rates, precisions = {}, ([], ["--amp"], ["--amp", "--compile"])
-    for more, n, mode in itertools.product(precisions * bench.cuda, (100, 1024), ("gan", "mmd")):
-        gc.collect()  # the networks of the row before
-        torch.compiler.reset()  # each batch size is compiled by itself
-        flags, n_steps = (
-            (f"--mode={mode}", f"--batch_size={n}", *more),
-            max(5, bench.steps * 40 // n),
-        )
-        run = bench.run(*flags)
-        recorded, plain = bench.step(run, True), bench.step(run, False)
-        plain()  # in which cuDNN chooses and torch.compile compiles
-        memory = [peak_mb(partial(seconds, step, 5), cuda=True) for step in (recorded, plain)]
-        recorded, plain = (lambda f=f: n * n_steps / seconds(f, n_steps) for f in (recorded, plain))
-        other = (f"not recorded, {memory[1]:,.0f} MB", plain, "")
-        name = f"in memory, nf {bench.nf}, {' '.join(flags)}, {memory[0]:,.0f} MB"
-        others = [] if n > 100 and "--compile" in more else [other]
-        rates[flags] = bench.compare(name, "images/s", recorded, *others)
+    speeds, precisions = {}, ([], ["--amp"], ["--amp", "--compile"]) if bench.cuda else ()
+    for more, n, mode in itertools.product(precisions, (100, 1024), ("gan", "mmd")):
+        torch.compiler.reset()  # a batch size is compiled by itself
+        flags, functions = (f"--mode={mode}", f"--batch_size={n}", *more), {}
+        run, times = bench.run(*flags), max(5, bench.steps * 40 // n)
+        bench.step(run, record=False)()  # cuDNN chooses, torch.compile compiles
+        for record in (False, True):  # so that the first has no memory of a graph
+            step = bench.step(run, record)
+            gc.collect()  # the networks of the row before
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            seconds(step, utils.Recorded.WARM_UP + 1)
+            used = f"{torch.cuda.max_memory_reserved() / 1e6:,.0f} MB"
+            name = f"in memory, {' '.join(flags)}, {used}" if record else f"- not recorded, {used}"
+            functions = {name: partial(rate, step, n, times)} | functions
+        speeds[flags] = bench.compare("images/s", functions)
     # Last, because the profiler may slow down what follows. The kernels of a recorded step are the
-    # same, and so their time is measured once.
-    for flags, medians in rates.items():
+    # same, and so it looks at the step as it is.
+    for flags, (recorded, plain) in speeds.items():
         if "--compile" not in flags:
             run = bench.run(*flags)
-            kernels = kernel_seconds(bench.step(run, False)) / run.flags.batch_size
-            busy = [f"{kernels * images_per_s:.0%}" for images_per_s in medians]
-            show(f"GPU busy, {' '.join(flags)}", busy[0], f"not recorded: {busy[1]}")
-
-
-def kernel_seconds(step: Callable, n: int = 5) -> float:
-    """The seconds of a step in which the GPU computes."""
-    step()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        seconds(step, n)
-    events = [e for e in profiler.key_averages() if e.device_type == DeviceType.CUDA]
-    return sum(e.self_device_time_total for e in events if not e.is_user_annotation) / 1e6 / n
+            seconds(step := bench.step(run, record=False))
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                seconds(step, 5)
+            events = [e for e in profiler.key_averages() if e.device_type == DeviceType.CUDA]
+            time_us = sum(e.self_device_time_total for e in events if not e.is_user_annotation)
+            image_s = time_us / 1e6 / 5 / run.flags.batch_size
+            busy = f"{image_s * recorded:.0%}, not recorded {image_s * plain:.0%}"
+            show(f"GPU busy, {' '.join(flags)}", busy)
 
 
 def penalty_alone(name: str, n: int, cuda: bool, rounds: int) -> tuple[float, float]:
-    """Milliseconds, and MB, of an MMD and its gradient for n codes."""
+    """Milliseconds, and MB, of an MMD and its gradient for n codes, in a new process."""
     randn = partial(torch.randn, device=utils.pick_device(cuda, 0))
 
     def step(n: int) -> None:
@@ -289,15 +237,18 @@ def penalty_alone(name: str, n: int, cuda: bool, rounds: int) -> tuple[float, fl
         getattr(model, name)(randn(n, 64, requires_grad=True), model.Kernel(), *prior).backward()
 
     step(10)
-    most = peak_mb(partial(step, n), cuda)
+    before = resident_mb()
+    step(n)
+    most = torch.cuda.max_memory_allocated() / 1e6 if cuda else resident_mb() - before
     return median(1e3 * seconds(partial(step, n)) for _ in range(rounds)), most
 
 
 def mmd(bench: Bench) -> None:
-    """The penalties of WAE-MMD, each in a new process: an old one has memory to use again."""
-    for name, n in itertools.product(("exact_mmd", "sampled_mmd"), (100, 1000, 4096)):
+    """The penalties of WAE-MMD."""
+    for n, name in itertools.product((100, 1000, 4096), ("exact_mmd", "sampled_mmd")):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            time_ms, most = pool.apply(penalty_alone, (name, n, bench.cuda, bench.rounds))
+            how = (name, n, bench.cuda, bench.options.rounds)
+            time_ms, most = pool.apply(penalty_alone, how)
         show(f"{name}, {n:,} codes of 64, with gradient", f"{time_ms:,.1f} ms, {most:,.0f} MB")
 
 
@@ -305,22 +256,22 @@ def checkpoints(bench: Bench) -> None:
     """What a run of short epochs spends in writing checkpoints."""
 
     def saving() -> float:
+        short = ("--nf=64", "--batch_size=10", "--niter=20", "--sample_every=20")
         spent, save = [], main.save
         with mock.patch.object(main, "save", lambda *a: spent.append(seconds(partial(save, *a)))):
-            bench.train(bench.run("--nf=64", "--batch_size=10", "--niter=20"), 20)
+            bench.train(bench.run(*short), 20)
         return sum(spent)
 
-    bench.compare("checkpoints in 20 epochs of two steps, nf 64", "s", saving)
+    bench.compare("s", {"checkpoints in 20 epochs of two steps, nf 64": saving})
 
 
 # `build` forks processes, and so it runs before anything has started threads.
-ROWS = {row.__name__: row for row in (start, build, memory, training, gpu, mmd, checkpoints)}
+ROWS = {row.__name__: row for row in (start, build, training, gpu, mmd, checkpoints)}
 
 
 def execute() -> None:
     """Does what the command line asks."""
-    how = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=how)
+    parser = argparse.ArgumentParser(usage=__doc__)
     add = parser.add_argument
     add("--cuda", action="store_true", help="train on the GPU")
     add("--dataroot", type=Path, help="folder of folders of images (default: 4000 toy faces)")
@@ -330,21 +281,15 @@ def execute() -> None:
     add("--rounds", type=int, default=5, help="rounds that a median is of (default: 5)")
     add("--steps", type=int, help="training steps in a round (default: 10, on a GPU 50)")
     options = parser.parse_args()
-    if unknown := set(options.only.split(",")) - set(ROWS):
+    if unknown := set(options.only.split(",")) - ROWS.keys():
         parser.error(f"--only: no row is called {', '.join(unknown)}")
     torch.backends.cudnn.benchmark = True  # as in main.py
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):
         bench = Bench(options, Path(folder))
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        device = torch.cuda.get_device_name(0) if options.cuda else cpu[1] if cpu else "CPU"
-        show(
-            f"{device}, {utils.n_cores()} cores, PyTorch {torch.__version__}",
-            "measured",
-            "compared with",
-            "ratio",
-            "target",
-        )
-        show(*["---"] * 5)
+        device = torch.cuda.get_device_name(0) if options.cuda else "no GPU"
+        machine = f"{utils.n_cores()} cores, {device}, PyTorch {torch.__version__}"
+        show(f"{machine}; --nf={options.nf}", "measured", "ratio")
+        show("---", "---", "---")
         for name, row in ROWS.items():
             if name in options.only.split(","):
                 row(bench)
