@@ -75,14 +75,13 @@ def test_sampled_mmd_is_the_u_statistic(name, pz_scale, scales, quadratic):
     assert_close(mmds(3 * codes, kernel._replace(pz_scale=3 * pz_scale), 3 * prior), values)
 
 
-@pytest.mark.parametrize("far", [False, True])
+@pytest.mark.parametrize(("spread", "shift"), [(0.1, 0), (1, 0), (3, 2)])
 @pytest.mark.parametrize("nz", [1, 8, 64])
 @pytest.mark.parametrize("quadratic", [0.0, 0.5])
 @pytest.mark.parametrize("name", KERNELS)
-def test_exact_mmd_is_the_mean_of_sampled_mmd(name, quadratic, nz, far, monkeypatch):
+def test_exact_mmd_is_the_mean_of_sampled_mmd(name, quadratic, nz, spread, shift, monkeypatch):
     monkeypatch.setattr(model, "median_bandwidth", lambda *_: 2 * nz * 1.5**2)  # as in exact_mmd
-    kernel = Kernel(name, 1.5, quadratic=quadratic)
-    codes = 1.5 * (3 * double(20, nz) + 2 if far else double(20, nz))
+    kernel, codes = Kernel(name, 1.5, quadratic=quadratic), 1.5 * (spread * double(20, nz) + shift)
     sampled = torch.vmap(lambda prior: model.sampled_mmd(codes, kernel, prior))
     assert_mean(sampled(1.5 * double(1000, 20, nz)), model.exact_mmd(codes, kernel))
 
@@ -414,17 +413,19 @@ def test_frechet_distance():
     assert distance.item() == pytest.approx(3 + (2 - 0.5) ** 2 + (1 - 3) ** 2 + 1)
 
 
+@pytest.mark.parametrize(("n", "nz", "sets"), [(900, 64, 40), (100, 4, 1000)])
 @pytest.mark.parametrize(
     ("low", "high", "unused", "mean", "pz_scale"),
-    [(1.0, 1.0, 0, 0.0, 1.0), (0.3, 2.0, 0, 0.1, 1.5), (1.2, 1.2, 16, 0.0, 1.0)],
+    [(1.0, 1.0, 0, 0.0, 1.0), (0.3, 2.0, 0, 0.1, 1.5), (1.2, 1.2, 1, 0.0, 1.0)],
 )
-def test_gaussian_w2_is_the_distance_on_average(low, high, unused, mean, pz_scale):
-    """To 0.05: the correction for the sample size is of the first order."""
-    (axes, _), deviations = torch.linalg.qr(double(64, 64)), torch.linspace(low, high, 64).sqrt()
-    deviations[:unused] = 0
-    sets = (double(40, 900, 64) * deviations + mean) @ axes
-    values = torch.stack([model.gaussian_w2(codes, pz_scale) for codes in sets])
-    assert_mean(values, 64 * mean**2 + (deviations - pz_scale).square().sum(), slack=0.05)
+def test_gaussian_w2_on_average(n, nz, sets, low, high, unused, mean, pz_scale):
+    """It is the true distance, but for terms of the second order, which are not corrected."""
+    (axes, _), deviations = torch.linalg.qr(double(nz, nz)), torch.linspace(low, high, nz).sqrt()
+    deviations[: unused * nz // 4] = 0
+    codes = (double(sets, n, nz) * deviations + mean) @ axes
+    values = torch.stack([model.gaussian_w2(z, pz_scale) for z in codes])
+    expected = nz * mean**2 + (deviations - pz_scale).square().sum()
+    assert_mean(values, expected, slack=nz**3 / n**2 / 6)  # 0.05 and 0.001
 
 
 def test_moments_and_covariance_eigenvalues():
@@ -458,12 +459,14 @@ def test_spread_points():
 
 
 @pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(10, 18))
 def test_fit_mixture_finds_clusters(seed, k):
+    """As from 99 of 100 seeds; from starts that are drawn uniformly it would be 76."""
     torch.manual_seed(seed)
-    sizes, corners = (900, 600, 300)[:k], 8 * torch.eye(8)[:k]
+    sizes = (900, 300, 100)[:k]
     clusters = [torch.randn(n, 8) @ torch.randn(8, 8) / 3 for n in sizes]
-    clusters = [cluster + corner for cluster, corner in zip(clusters, corners, strict=True)]
+    for i, cluster in enumerate(clusters):
+        cluster[:, 0] += 100 * i
     fitted = model.mixture_state(model.fit_mixture(torch.cat(clusters), k))
     for i, cluster in zip(fitted["weights"].argsort(descending=True), clusters, strict=True):
         weight = torch.tensor(len(cluster) / sum(sizes))
