@@ -2,13 +2,14 @@
 arXiv 1711.01558).
 
     python3 main.py --dataroot=data/celebA --cuda --mode=gan --e_pretrain --outf=gan_outputs
-    python3 main.py --dataroot=data/celebA --cuda --mode=mmd --e_pretrain --outf=mmd_outputs
+    python3 main.py --dataroot=data/celebA --cuda --mode=mmd --e_pretrain --outf=mmd_outputs \\
+        --lr=0.001 --LAMBDA=30 --quadratic=0.3
     python3 main.py --outf=gan_outputs --evaluate --cuda
     python3 main.py --outf=gan_outputs --generate=64
 
 The first two train WAE-GAN (Algorithm 1) and WAE-MMD (Algorithm 2); the same command continues a
-run that was interrupted. The third writes samples and metrics, the fourth samples alone, without
-the images.
+run that was interrupted. The third writes samples and metrics; the fourth writes samples and needs
+no images.
 
 model.py: networks, costs and penalties. utils.py: images, processes, checkpoints, pictures.
 """
@@ -224,12 +225,7 @@ def get_parser() -> argparse.ArgumentParser:
 
 
 def get_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | None]:
-    """The flags, and the checkpoint to continue from, to evaluate or to sample, if there is one.
-
-    Raises:
-        UsageError: flags that are wrong, contradict each other, or contradict the checkpoint.
-        UserError: a checkpoint that cannot be read.
-    """
+    """The flags, and the checkpoint to continue, evaluate or sample from, if there is one."""
     parser = get_parser()
     flags = complete(parser.parse_args(argv))
     here = flags.outf / CHECKPOINT
@@ -248,18 +244,14 @@ def get_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | Non
         raise UsageError(f"{error} (flags that were not typed are those of {source})") from None
     if not trains:
         return flags, checkpoint
-    differ = [k for k, v in vars(flags).items() if k not in MAY_CHANGE and v != stored.get(k)]
+    differ = {k: v for k, v in vars(flags).items() if k not in MAY_CHANGE and v != stored.get(k)}
     if differ:
-        pairs = ", ".join(
-            f"--{k}={getattr(flags, k)} (checkpoint: {stored.get(k)})" for k in differ
-        )
-        raise UsageError(
-            f"{source} was trained with different flags: {pairs}; choose another --outf"
-        )
+        pairs = ", ".join(f"--{k}={v} (checkpoint: {stored.get(k)})" for k, v in differ.items())
+        raise UsageError(f"{source} was trained with different flags: {pairs}; use another --outf")
     if "optimizer_net" not in checkpoint:
         raise UserError(f"{source} has no optimiser states: it can be evaluated, not continued")
     if here.exists() and not source.samefile(here):
-        raise UsageError(f"--outf={flags.outf} holds a run already; choose another")
+        raise UsageError(f"--outf={flags.outf} holds a run; --checkpoint={here} continues it")
     return flags, checkpoint
 
 
@@ -328,9 +320,7 @@ class Run:
     def __init__(self, flags: argparse.Namespace, world: World):
         self.flags, self.world, self.amp = flags, world, flags.amp
         if self.amp and world.device.type == "cpu" and not utils.cpu_has_bfloat16():
-            utils.warn(
-                "--amp: without bfloat16 instructions this CPU is faster in float32, used now"
-            )
+            utils.warn("--amp: without bfloat16 instructions, float32 is faster, and is used")
             self.amp = False
         self.step, self.best, self.log = 0, math.inf, ""
         self.images: str | None = None  # the digest of those that a checkpoint was trained on
@@ -338,17 +328,17 @@ class Run:
         # Images that are encoded or decoded at a time in an evaluation.
         self.eval_batch = max(flags.batch_size, GPU_BATCH if flags.cuda else 0)
         utils.set_seed(flags.seed, "weights")
-        self.net: nn.Module = build_network(flags)
-        self.networks = {"net": self.net}
+        net = build_network(flags)
+        if flags.cuda and world.size > 1:
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        self.networks = {"net": net}
         if flags.mode == "gan":
             scale = flags.pz_scale if flags.nowozin_trick else None
             self.networks["discriminator"] = model.Discriminator(flags.nz, prior_scale=scale)
-        if flags.cuda and world.size > 1:
-            self.net = self.networks["net"] = nn.SyncBatchNorm.convert_sync_batchnorm(self.net)
         # Channels last is how images lie in memory, and the faster layout for convolutions.
         for network in self.networks.values():
             network.to(world.device, memory_format=torch.channels_last)
-        self.discriminator = self.networks.get("discriminator")
+        self.net, self.discriminator = net, self.networks.get("discriminator")
 
         # What a step calls: the same networks, for several processes and compiled.
         gpus = [world.device.index] if flags.cuda else None
@@ -360,9 +350,7 @@ class Run:
             self.ddp_net, self.mmd = torch.compile(self.ddp_net), torch.compile(self.mmd)
 
         self.rates, self.rate_factor = {"net": flags.lr, "discriminator": flags.lr_adv}, 1.0
-        self.optimizers = {
-            name: self.adam(network, self.rates[name]) for name, network in self.networks.items()
-        }
+        self.optimizers = {k: self.adam(net, self.rates[k]) for k, net in self.networks.items()}
 
     def adam(self, network: nn.Module, lr: float) -> torch.optim.Adam:
         """The optimiser of the paper, for the weights of a network.
@@ -422,16 +410,13 @@ class Run:
 
     def moments(self) -> dict[str, Any]:
         """The states of the optimisers, by name."""
-        return {
-            f"optimizer_{k}": optimizer.state_dict() for k, optimizer in self.optimizers.items()
-        }
+        return {f"optimizer_{k}": adam.state_dict() for k, adam in self.optimizers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copies what a checkpoint keeps. Raises UserError if it does not fit or is not finite."""
-        name = ""
+        self.step, self.images = state["step"], state["images"]
+        self.best, self.log = state.get("best", math.inf), state.get("log", "")
         try:
-            self.step, self.images = state["step"], state["images"]
-            self.best, self.log = state.get("best", math.inf), state.get("log", "")
             for name, network in self.networks.items():
                 if name in state:
                     network.load_state_dict(state[name])
@@ -441,14 +426,14 @@ class Run:
                     self.optimizers[name].load_state_dict(moments | {"param_groups": groups})
         except (RuntimeError, ValueError) as error:
             raise UserError(f"the checkpoint's {name} does not fit its flags") from error
-        if not utils.weights_are_sound(self.weights()):
+        if not all(map(utils.weights_are_sound, self.weights().values())):
             raise UserError("the checkpoint's weights are not finite, or above 1e6")
 
 
 def train_step(run: Run, x: Tensor, *prior: Tensor) -> Tensor:
     """One step of Algorithm 1 (gan) or 2 (mmd) of the paper, or of a VAE.
 
-    Does not wait for the GPU, except where batch norm is synchronised.
+    Does not wait for the GPU, except on several GPUs, whose batch norm is synchronised.
 
     Args:
         x: this process's images x_1 ... x_n of the batch, (n, C, S, S).
@@ -519,6 +504,8 @@ def pretrain_encoder(run: Run, images: Images) -> None:
             bar.set_postfix(loss=f"{value:.3g}", target=f"{target:.3g}")
             if value <= target:
                 break
+    # Nothing averaged the gradients: from here on, all processes have the same encoder.
+    utils.copy_from_main(run.net, run.world)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -652,7 +639,7 @@ def end_epoch(run: Run, log: utils.Log, data: Data, epoch: int, last: bool) -> N
 
 
 def header(run: Run, data: Data) -> dict[str, Any]:
-    """What a checkpoint has besides weights and log."""
+    """What a checkpoint has besides weights, moments and log."""
     flags = {k: v for k, v in vars(run.flags).items() if k not in NOT_KEPT}
     for name in ("dataroot", "cache_dir"):  # absolute, since a run may continue from elsewhere
         flags[name] = flags[name] and str(flags[name].resolve())
@@ -661,18 +648,14 @@ def header(run: Run, data: Data) -> dict[str, Any]:
 
 
 def save(run: Run, log: utils.Log, data: Data) -> None:
-    """Writes the best weights, if they are new, and then all that is needed to continue.
-
-    Raises:
-        UserError: the weights are not finite, or a file cannot be written.
-    """
+    """Writes the best weights, if they are new, and then all that is needed to continue."""
+    if not all(map(utils.weights_are_sound, run.weights().values())):
+        raise UserError(f"the weights diverged before step {run.step}; {DIVERGED_HINT}")
+    if run.best_state:
+        utils.save_checkpoint(run.flags.outf / BEST, run.best_state)
+        run.best_state = None
     state = header(run, data) | {"log": log.text} | run.weights() | run.moments()
-    for name, content in ((BEST, run.best_state), (CHECKPOINT, state)):
-        if content and not utils.weights_are_sound(content):
-            raise UserError(f"the weights diverged before step {run.step}; {DIVERGED_HINT}")
-        if content:
-            utils.save_checkpoint(run.flags.outf / name, content)
-    run.best_state = None
+    utils.save_checkpoint(run.flags.outf / CHECKPOINT, state)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -702,7 +685,7 @@ def batches_in_order(run: Run, images: Images) -> Iterator[Tensor]:
 
 
 def encode_all(run: Run, images: Images) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """The same batches, with their codes and log variances (n, nz)."""
+    """Batches of uint8 images in order, with their codes and log variances (n, nz)."""
     utils.set_seed(run.flags.seed, "encode")  # a Gaussian encoder draws the same codes every time
     return ((batch, *run.encode(batch)) for batch in batches_in_order(run, images))
 
@@ -714,7 +697,8 @@ def test_metrics(run: Run, images: Images) -> tuple[dict[str, float], Tensor, Te
     test_mse is the mean squared error of reconstructions, for pixels in [0, 1]. test_mmd and
     test_w2 are distances of the codes from the prior: `model.exact_mmd` with the IMQ kernel, and
     `model.gaussian_w2`. The eigenvalues are the extreme ones of the codes' covariance.
-    noise_variance is the mean variance that a Gaussian encoder gives. One image has an error only.
+    noise_variance is the mean variance that a Gaussian encoder gives. A single image has test_mse
+    alone.
     """
     errors, codes, variances = [], [], []
     for batch, code, log_variance in encode_all(run, images):
@@ -783,12 +767,12 @@ def plot_codes(run: Run, codes: Tensor) -> Image.Image:
 
 
 def fit_densities(run: Run, images: Images) -> dict[str, Any]:
-    """A Gaussian and a mixture, by name, fitted to the codes of training images."""
-    codes, densities = torch.cat([code for _, code, _ in encode_all(run, images)]), {}
+    """A Gaussian and a mixture (arguments of `model.mixture`), fitted to codes of the images."""
+    codes, fitted = torch.cat([code for _, code, _ in encode_all(run, images)]), {}
     for name, components in (("gaussian", 1), ("mixture", N_MIXTURE)):
         utils.set_seed(run.flags.seed, name)
-        densities[name] = model.fit_mixture(codes, components)
-    return densities
+        fitted[name] = model.fit_mixture(codes, components)
+    return fitted
 
 
 def sample_images(run: Run, name: str, density: Any, n: int) -> Iterator[Tensor]:
@@ -806,14 +790,14 @@ def evaluate(run: Run, data: Data, folders: bool) -> None:
     if inception and min(len(data.test), n) < 2048:
         utils.warn("--fid: with fewer than 2048 images it is too large, and not comparable")
     metrics, codes, errors = test_metrics(run, data.test)
-    densities = fit_densities(run, data.train) if len(data.train) > 1 else {}
+    fitted = fit_densities(run, data.train) if len(data.train) > 1 else {}
+    densities = {name: model.mixture(**state) for name, state in fitted.items()}
     if densities:
         ratio = densities["mixture"].log_prob(codes.double())
         ratio -= model.prior_log_density(codes.double(), flags.pz_scale)
         metrics["test_nats"] = ratio.mean().item()
         if run.images in (None, data.digest):  # of other images they would not be the run's
-            state = {name: model.mixture_state(density) for name, density in densities.items()}
-            utils.save_checkpoint(outf / DENSITIES, state)
+            utils.save_checkpoint(outf / DENSITIES, fitted)
     if len(codes) > 1:
         metrics |= prior_metrics(run, len(codes))
         utils.save_picture(outf / "codes.png", plot_codes(run, codes))
@@ -875,11 +859,7 @@ def generate(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> int:
 
 
 def load_network(path: Path | str) -> tuple[model.AutoEncoder, argparse.Namespace]:
-    """The network of a checkpoint, on the CPU and ready to use, and the flags of its run.
-
-    Raises:
-        UserError: no such file, or not a checkpoint.
-    """
+    """The network of a checkpoint, on the CPU and ready to use, and the flags of its run."""
     checkpoint = utils.load_checkpoint(Path(path), "flags", "net")
     flags = argparse.Namespace(**checkpoint["flags"])
     network = build_network(flags)
@@ -892,11 +872,7 @@ def load_network(path: Path | str) -> tuple[model.AutoEncoder, argparse.Namespac
 
 
 def load_data(flags: argparse.Namespace, stored: dict[str, Any] | None, world: World) -> Data:
-    """The images of --dataroot, on the GPU if they fit.
-
-    Raises:
-        UserError: a run would continue on other images than those of the checkpoint `stored`.
-    """
+    """The images of --dataroot, those of the checkpoint `stored`; on the GPU if they fit."""
     how = (flags.dataset, flags.image_size, flags.crop, flags.workers, flags.cache_dir)
     images, names, digest = utils.load_images(flags.dataroot, *how, flags.channels)
     n_test = flags.n_test or utils.default_n_test(len(images))
@@ -1007,14 +983,8 @@ def main() -> int:
     utils.handle_signals(utils.exit_at_once)
     try:
         return execute(sys.argv[1:])
-    except UserError as error:
-        message, status = str(error), error.status
-    except OSError as error:
-        if error.filename is None:
-            raise
-        message, status = f"{error.filename}: {error.strerror}", 1
     except Exception as error:
-        message, status = one_line(error), 1
+        message, status = one_line(error), getattr(error, "status", 1)
         if not message:
             raise
     if not utils.is_main():
@@ -1026,7 +996,11 @@ def main() -> int:
 
 
 def one_line(error: Exception) -> str:
-    """What a user can do about an error of PyTorch; empty if it is of another kind."""
+    """What a user can do about an error; empty if it is a bug."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
         return "out of memory; try a smaller --batch_size, --nf or --image_size"

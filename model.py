@@ -207,18 +207,13 @@ def prior_log_density(z: Tensor, pz_scale: float) -> Tensor:
 # Reconstruction cost
 
 
-def reconstruction_cost(
-    x: Tensor, y: Tensor, cost: str = "l2sq", symmetric: bool = False
-) -> Tensor:
+def reconstruction_cost(x: Tensor, y: Tensor, cost: str, symmetric: bool = False) -> Tensor:
     """c(x, y), summed over the pixels of an image and averaged over the batch; a scalar.
 
     `l2sq` is 0.05 |x - y|^2, `l2` is 0.2 |x - y| and `l1` is 0.02 |x - y|_1: the official weights.
     Pixels count on the [-1, 1] scale even if the networks work in [0, 1] (`symmetric` false), so
     that LAMBDA means the same in both. It is a sum over pixels and channels: at another image size,
     or in grey, another LAMBDA balances it.
-
-    Raises:
-        ValueError: an unknown cost.
     """
     difference = (x - y).flatten(1) * (1 if symmetric else 2)  # (N, C S S)
     if cost == "l2sq":
@@ -226,9 +221,7 @@ def reconstruction_cost(
     if cost == "l2":
         # The small term keeps the slope of the square root finite at a perfect reconstruction.
         return 0.2 * (difference.square().sum(1) + 1e-8).sqrt().mean()
-    if cost == "l1":
-        return 0.02 * difference.abs().sum(1).mean()
-    raise ValueError(f"unknown cost {cost!r}: l2sq, l2 or l1")
+    return 0.02 * difference.abs().sum(1).mean()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -287,9 +280,9 @@ class Kernel(NamedTuple):
 def sum_of_blocks(statistic: Callable[[Tensor, int, int], Tensor], codes: Tensor) -> Tensor:
     """statistic(codes, 0, N) of codes (N, nz), from blocks of rows when N^2 is large.
 
-    `statistic(codes, first, rows)` is what so many rows of the kernel matrix add. Each block is
-    differentiated before the next is computed, so that memory grows with N and not with N^2. Value
-    and gradient of the codes are the same.
+    statistic(points, first, rows) is what rows first, first + 1, ... of the kernel matrix add. It
+    takes the codes as an argument, and not from around it, because each block is differentiated
+    by itself, before the next is computed: memory grows with N and not with N^2.
     """
     n = len(codes)
     if n * n <= BLOCK_ENTRIES:
@@ -313,7 +306,7 @@ def exact_mmd(codes: Tensor, kernel: Kernel) -> Tensor:
 
         sum_{i != j} k(q_i, q_j) / (N (N - 1))  -  2 sum_i E k(q_i, p) / N  +  E k(p, p')
 
-    Both kernels are mixtures of Gaussians in the distance, k = sum_k w_k exp(-s_k d^2): the RBF
+    Both kernels are mixtures of Gaussians in the distance, k = sum_l w_l exp(-s_l d^2): the RBF
     kernel of one (its variance is 2 nz pz_scale^2, the squared distance of two prior samples), IMQ
     of many, since C / (C + d^2) is the integral of exp(-t) exp(-t d^2 / C) over t > 0. With the
     prior's variance v,
@@ -412,7 +405,7 @@ def discriminator_loss(logits_prior: Tensor, logits_codes: Tensor) -> Tensor:
 def gan_penalty(discriminator: nn.Module, codes: Tensor) -> Tensor:
     """-mean log D(z~) of codes (N, nz), the non-saturating loss of Algorithm 1; a scalar.
 
-    It leaves a gradient on the discriminator's weights, too, which that one's own step discards.
+    It leaves a gradient on the discriminator's weights, too, which its next step sets to zero.
     """
     return F.softplus(-discriminator(codes)).mean()
 
@@ -534,13 +527,6 @@ def mixture(weights: Tensor, means: Tensor, covariances: Tensor) -> MixtureSameF
     return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
 
 
-def mixture_state(density: MixtureSameFamily) -> dict[str, Tensor]:
-    """The arguments of `mixture` that make this density."""
-    parts = density.component_distribution
-    weights = density.mixture_distribution.probs
-    return {"weights": weights, "means": parts.mean, "covariances": parts.covariance_matrix}
-
-
 def spread_points(codes: Tensor, k: int) -> Tensor:
     """k of the codes (N, nz), each drawn by its squared distance to those before (k-means++)."""
     chosen = codes[torch.randint(len(codes), (1,), device=codes.device)]
@@ -553,13 +539,13 @@ def spread_points(codes: Tensor, k: int) -> Tensor:
     return chosen
 
 
-def fit_mixture(codes: Tensor, components: int, iterations: int = 100) -> MixtureSameFamily:
-    """A mixture of Gaussians fitted to codes (N, nz) by EM, in float64.
+def fit_mixture(codes: Tensor, components: int, iterations: int = 100) -> dict[str, Tensor]:
+    """The arguments of a `mixture` of Gaussians fitted to codes (N, nz) by EM, in float64.
 
     One component is the Gaussian with the moments of the codes. Samples of such a density, decoded,
     are the ex-post density estimation of Ghosh et al., ICLR 2020. The eigenvalues of each
-    covariance are at least 1e-6 of the largest one of all codes, so that codes can be fitted that
-    span a part of the space only.
+    covariance are at least 1e-6 of the largest one of all codes, so that codes that fill only some
+    directions can be fitted.
     """
     codes = codes.double()
     n, nz = codes.shape
@@ -580,10 +566,11 @@ def fit_mixture(codes: Tensor, components: int, iterations: int = 100) -> Mixtur
         # M step: the moments of the codes under these weights.
         mass = responsibility.sum(0).clamp(min=1e-12)
         weights, means = mass / n, responsibility.T @ codes / mass[:, None]
-        centred = (codes - m for m in means)
-        weighted = zip(responsibility.T, centred, mass, strict=True)
-        covariances = torch.stack([(r[:, None] * c).T @ c / s + jitter for r, c, s in weighted])
+        covariances = []
+        for r, m, s in zip(responsibility.T, means, mass, strict=True):
+            centred = codes - m
+            covariances.append((r[:, None] * centred).T @ centred / s + jitter)
         previous, likelihood = likelihood, log_p.logsumexp(1).mean().item()
         if likelihood - previous < 1e-3:
             break
-    return mixture(weights, means, covariances)
+    return {"weights": weights, "means": means, "covariances": torch.stack([*covariances])}

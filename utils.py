@@ -21,9 +21,8 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, NamedTuple, TextIO
 
 try:
     import fcntl
@@ -34,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
 from tqdm import tqdm
@@ -55,7 +54,7 @@ LARGEST_WEIGHT = 1e6
 
 
 class UserError(Exception):
-    """An error that the user can fix: shown as one line, exit status 1."""
+    """An error that the user can fix: one line, exit status 1. Any function here may raise it."""
 
     status = 1
 
@@ -81,11 +80,7 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file that takes the place of `path` when the block ends: whole and flushed, or not at all.
-
-    Raises:
-        UserError: the file cannot be written; `path` is then what it was before.
-    """
+    """A file that replaces `path` when the block ends: whole and flushed, or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with writing(path), open(temporary, "wb") as file:
@@ -108,11 +103,7 @@ def make_folder(path: Path) -> Path:
 def lock(path: Path, wait: bool) -> TextIO:
     """Locks a file until it is closed or the process ends, however it ends.
 
-    Args:
-        wait: whether to wait for another process that has the lock.
-
-    Raises:
-        UserError: another process has the lock, or the file cannot be written.
+    Where another process has the lock, it waits or, without `wait`, raises UserError.
     """
     with writing(path):
         file = open(path, "a+", errors="replace")  # noqa: SIM115
@@ -154,9 +145,6 @@ def find_images(dataroot: Path) -> list[tuple[str, int, int]]:
     """Path in `dataroot`, size and time of change of each image in a folder inside it, by path.
 
     Hidden files and folders are left out: they belong to other programs.
-
-    Raises:
-        UserError: no such folder, no image in a folder inside it, or a folder reached twice.
     """
     layout = f"images must lie in a folder inside it, as in {dataroot}/sub_directory/XXX.jpg"
     if not dataroot.is_dir():
@@ -231,18 +219,12 @@ def open_image(file: BinaryIO, channels: int) -> Image.Image:
 
 
 def central_square(image: Image.Image, size: int, crop: int | None) -> np.ndarray:
-    """The central `crop` pixels of an image, or the largest square: uint8 (size, size, C).
-
-    Raises:
-        UserError: the image is smaller than the crop.
-    """
+    """The central `crop` pixels of an image, or the largest square: uint8 (size, size, C)."""
     side = crop or min(image.size)
     if min(image.size) < side:
-        width, height = image.size
-        raise UserError(
-            f"{width} x {height} pixels, less than the crop of {side} x {side}; "
-            "use another --crop, or --dataset=folder"
-        )
+        pixels = " x ".join(map(str, image.size))
+        hint = "use another --crop, or --dataset=folder"
+        raise UserError(f"{pixels} pixels, less than the crop of {side} x {side}; {hint}")
     left, top = ((length - side) // 2 for length in image.size)
     square = image.crop((left, top, left + side, top + side))
     # Lanczos, as the official implementation; sharpness and FID depend on it.
@@ -290,10 +272,6 @@ def build_array(target: Path, images: Decoded, names: list[str], workers: int) -
 
     A .json beside it has the names that are skipped, with the reason, a digest of names and file
     contents, and how many images are more than twice as large as the crop.
-
-    Raises:
-        UserError: no image can be read, one is smaller than the crop, there is no space, or a
-            worker ends.
     """
     n, free = len(names), shutil.disk_usage(target.parent).free
     n_bytes = n * images.size**2 * images.channels
@@ -304,14 +282,12 @@ def build_array(target: Path, images: Decoded, names: list[str], workers: int) -
         warn(f"{need}, and on a GPU if they fit into half of its free memory")
     skipped, checksums, too_large = {}, [], 0
     try:
+        workers = min(workers, math.ceil(n / 64))
         loader = DataLoader(
-            images,
-            batch_size=64,
-            num_workers=min(workers, -(-n // 64)),
-            collate_fn=list,
-            worker_init_fn=start_worker,
+            images, 64, num_workers=workers, collate_fn=list, worker_init_fn=start_worker
         )
-        items = (item for batch in loader for item in batch)
+        batches = iter(loader)  # starts the workers, while an OSError is not yet the disk's
+        items = (item for batch in batches for item in batch)
         bar = progress(zip(names, items, strict=True), "decoding once", n, unit="img")
         with atomic_write(target) as file:
             for name, (pixels, checksum, is_large) in bar:
@@ -335,11 +311,7 @@ def build_array(target: Path, images: Decoded, names: list[str], workers: int) -
 def read_array(
     target: Path, n_files: int, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, dict[str, Any]] | None:
-    """What `build_array` wrote: the array, memory-mapped, and the notes. None if damaged.
-
-    Raises:
-        UserError: the array cannot be read or mapped into memory.
-    """
+    """What `build_array` wrote: the array, memory-mapped, and the notes. None if damaged."""
     try:
         notes = json.loads(target.with_suffix(".json").read_text())
         shape = (n_files - len(notes["skipped"]), *shape)
@@ -377,9 +349,6 @@ def load_images(
         crop: takes so many central pixels in place of that.
         workers: processes that decode; 0 decodes in this one.
         channels: 3 for RGB, 1 for grey.
-
-    Raises:
-        UserError: no image, none that can be read, one smaller than the crop, or no space.
     """
     files = find_images(dataroot)
     names = [name for name, _, _ in files]
@@ -413,10 +382,8 @@ def load_images(
         counts = f"{len(skipped)} of {len(names)} images that cannot be read"
         warn(f"skipped {counts}: {some} ({next(iter(skipped.values()))})")
     if 2 * notes["too_large"] > len(names):
-        warn(
-            f"most images are more than twice as large as the crop of {crop} x {crop} pixels; "
-            "--dataset=folder takes the largest central square"
-        )
+        hint = "--dataset=folder takes the largest central square"
+        warn(f"most images are more than twice as large as the crop of {crop} pixels; {hint}")
     return array, [name for name in names if name not in skipped], notes["digest"]
 
 
@@ -504,8 +471,7 @@ def cpu_has_bfloat16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-@dataclass(frozen=True)
-class World:
+class World(NamedTuple):
     """Rank, number of processes and device of this process."""
 
     rank: int
@@ -533,10 +499,15 @@ def join(world: World) -> None:
         return
     cuda = world.device.type == "cuda"
     # While it waits for the others, which is not in Python, only the default action ends it.
-    handlers = {number: signal.signal(number, signal.SIG_DFL) for number in SIGNALS}
+    handle_signals(signal.SIG_DFL)
     dist.init_process_group("nccl" if cuda else "gloo", device_id=world.device if cuda else None)
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    handle_signals(exit_at_once)
+
+
+def copy_from_main(network: nn.Module, world: World) -> None:
+    """Gives all processes the weights that rank 0 has."""
+    for tensor in network.state_dict().values() if world.size > 1 else ():
+        dist.broadcast(tensor, 0)
 
 
 def end_with_parent() -> None:
@@ -778,14 +749,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path, *needed: str) -> dict[str, Any]:
-    """Reads a checkpoint to the CPU: tensors and plain values only, so that no code is executed.
-
-    Args:
-        needed: keys that it must have.
-
-    Raises:
-        UserError: no such file, or not a checkpoint.
-    """
+    """A checkpoint with the keys `needed`, on the CPU. Plain values only: no code is run."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
@@ -802,12 +766,10 @@ def load_checkpoint(path: Path, *needed: str) -> dict[str, Any]:
     return state
 
 
-def weights_are_sound(state: dict[str, Any]) -> bool:
-    """Whether all numbers in the tensors of a (nested) state are finite and below 1e6."""
-    tensors = [value for value in state.values() if isinstance(value, Tensor)]
-    largest = [t.abs().max().float() for t in tensors if t.is_floating_point()]
-    sound = not largest or bool(torch.stack(largest).max() < LARGEST_WEIGHT)  # not so for nan
-    return sound and all(weights_are_sound(v) for v in state.values() if isinstance(v, dict))
+def weights_are_sound(state: dict[str, Tensor]) -> bool:
+    """Whether all numbers in the state of a network are finite and below 1e6."""
+    largest = [t.abs().max().float() for t in state.values() if t.is_floating_point()]
+    return bool(torch.stack(largest).max() < LARGEST_WEIGHT)  # not so for nan
 
 
 # --------------------------------------------------------------------------------------------------
@@ -831,10 +793,6 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(folder), purge_step=step + 1)
-        self.rewrite()
-
-    def rewrite(self) -> None:
-        """Replaces the file by the whole log."""
         with atomic_write(self.path) as file:
             file.write(self.text.encode())
 
@@ -855,8 +813,7 @@ class Log:
             self.board.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
     def close(self) -> None:
-        """Leaves a whole `log.csv`, whatever happened to it, and flushes TensorBoard's file."""
-        self.rewrite()
+        """Flushes TensorBoard's file."""
         if self.board:
             self.board.close()
 
@@ -881,9 +838,6 @@ def write_images(folder: Path, batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """Passes on batches of images (n, C, S, S) in [0, 1], and writes them as 00000.png and on.
 
     They take the place of the folder when the last one is written; until then it stays as it is.
-
-    Raises:
-        UserError: the folder has other files than such images, or cannot be written.
     """
     folder = folder.resolve()  # a link may lead to a larger disk
     if folder.exists():
@@ -925,11 +879,7 @@ def scatter(first: np.ndarray, second: np.ndarray) -> Image.Image:
 
 
 class Inception:
-    """Features of images, by the optional package pytorch-fid.
-
-    Raises:
-        UserError: the weights cannot be downloaded.
-    """
+    """Features of images, by the optional package pytorch-fid."""
 
     def __init__(self, device: torch.device):
         from pytorch_fid import inception
@@ -940,9 +890,8 @@ class Inception:
         except (OSError, RuntimeError) as error:
             url, folder = inception.FID_WEIGHTS_URL, f"{torch.hub.get_dir()}/checkpoints"
             hint = f"download {url} by hand and put it into {folder}"
-            raise UserError(
-                f"--fid: no weights of the Inception network: {error}; {hint}"
-            ) from error
+            message = f"--fid: no weights of the Inception network: {error}"
+            raise UserError(f"{message}; {hint}") from error
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
