@@ -16,9 +16,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 from unittest import mock
+
+import torch
 
 REPO = Path(__file__).resolve().parent.parent
 TINY = ("--image_size=32", "--nf=2", "--nz=4", "--batch_size=8", "--n_test=6", "--print_every=1")
@@ -33,16 +36,20 @@ def start(target: Callable[..., None], *args: object) -> multiprocessing.process
     """A process, forked from the server, that runs target(*args)."""
     with mock.patch.dict(os.environ, PYTHONPATH=str(REPO), OMP_NUM_THREADS="1"):
         multiprocessing.forkserver.ensure_running()
-    process = CONTEXT.Process(target=target, args=args)
+    process = CONTEXT.Process(target=_call, args=(target, *args))
     process.start()
     atexit.register(process.kill)  # where a test failed, it may have no end
     return process
 
 
+def _call(target: Callable[..., None], *args: object) -> None:
+    """Calls the target, whose own processes start as they do by default: a server takes seconds."""
+    multiprocessing.set_start_method(None, force=True)
+    target(*args)
+
+
 def _main(argv: list[str], folder: Path, options: dict) -> None:
     """Does what `python3 main.py ARGV` does, in a fork."""
-    # Workers start as they do by default, and not by a server of their own, which takes seconds.
-    multiprocessing.set_start_method(None, force=True)
     os.environ |= options.get("env", {})
     for number, name in ((1, "stdout"), (2, "stderr")):
         path = options.get(name, folder / name)
@@ -145,6 +152,26 @@ def run(folder: Path, *argv: object, **options: object) -> Program:
     program = Program(folder, *argv, **options)
     program.wait()
     return program
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def all_end(pids: Iterable[int]) -> bool:
+    """Whether processes end within some seconds."""
+    end = time.monotonic() + 30
+    while running := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.05)
+    return not running
+
+
+def load(outf: Path, name: str = "checkpoint.pth.tar") -> dict[str, Any]:
+    """A checkpoint of a run."""
+    return torch.load(outf / name, weights_only=True)
 
 
 def rows(outf: Path) -> list[dict[str, str]]:

@@ -21,7 +21,7 @@ import program
 import pytest
 import torch
 from PIL import Image
-from program import ENDLESS, REPO, TINY, Program, log_lines, rows, steps
+from program import ENDLESS, REPO, TINY, Program, all_end, children, load, log_lines, rows, steps
 
 import main
 import utils
@@ -65,17 +65,6 @@ def in_world(env: dict[str, str], function: Callable[[utils.World], object], pat
     utils.leave_world()
 
 
-def from_all(size: int, function: Callable[[utils.World], object], folder: Path) -> list:
-    """The values of a function called in each of so many processes."""
-    paths = [folder / f"{rank}.pt" for rank in range(size)]
-    pairs = zip(torchrun_variables(size), paths, strict=True)
-    processes = [program.start(in_world, env, function, path) for env, path in pairs]
-    for process in processes:
-        process.join(120)
-        assert process.exitcode == 0
-    return [torch.load(path) for path in paths]
-
-
 def note(found: dict[str, torch.Tensor], name: str, network: torch.nn.Module) -> None:
     """Notes the gradients of the weights, as what an optimiser does."""
     found |= {f"{name} {key}": value.grad.clone() for key, value in network.named_parameters()}
@@ -108,15 +97,20 @@ def gradients(world: utils.World) -> dict[str, torch.Tensor]:
 
 def test_train_step_in_three_processes(tmp_path):
     """The gradients are those of one process."""
+    paths = [tmp_path / f"{rank}.pt" for rank in range(3)]
+    pairs = zip(torchrun_variables(3), paths, strict=True)
+    processes = [program.start(in_world, env, gradients, path) for env, path in pairs]
     expected = gradients(utils.World(0, 1, torch.device("cpu")))
     assert {name.split()[1] for name in expected} == {"net", "discriminator"}
-    for rank, found in enumerate(from_all(3, gradients, tmp_path)):
+    for process, path in zip(processes, paths, strict=True):
+        process.join(120)
+        assert process.exitcode == 0
+        found = torch.load(path)
         assert found.keys() == expected.keys()
         for name, gradient in expected.items():
             scale = gradient.abs().max()
             assert scale > 1e-6, f"nothing to compare: {name}"
-            difference = (found[name] - gradient).abs().max()
-            assert difference <= 5e-5 * scale, f"{name}, process {rank}"
+            assert (found[name] - gradient).abs().max() <= 5e-5 * scale, (name, path)
 
 
 def test_main_by_torchrun(data, tmp_path):
@@ -177,24 +171,6 @@ def test_main_bug_in_a_process(data, tmp_path):
     assert "waited" not in broken.err
 
 
-def children(pid: int) -> dict[str, int]:
-    """Processes that torchrun has started, by rank."""
-    found = {}
-    for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        for line in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            if line.startswith(b"RANK="):
-                found[line[5:].decode()] = int(child)
-    return found
-
-
-def all_end(pids: list[int]) -> bool:
-    """Whether processes end within some seconds."""
-    end = time.monotonic() + 20
-    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < end:
-        time.sleep(0.05)
-    return not any(Path(f"/proc/{pid}").exists() for pid in pids)
-
-
 def launch(data: list[str], out: Path, number: int = 3) -> Program:
     """An endless run of two processes, which has logged so many steps."""
     both = Program(out.parent / "two", *data, "--ngpu=2", *ENDLESS, f"--outf={out}")
@@ -204,16 +180,24 @@ def launch(data: list[str], out: Path, number: int = 3) -> Program:
 
 def continues(data: list[str], out: Path) -> None:
     """Checks that one process continues the run to the end of its epoch, with each step once."""
-    epochs = utils.load_checkpoint(out / "checkpoint.pth.tar")["step"] // STEPS + 1
+    epochs = load(out)["step"] // STEPS + 1
     program.run(out.parent / "one", *data, f"--niter={epochs}", f"--outf={out}").succeeds()
     assert steps(out) == list(range(1, epochs * STEPS + 1))
 
 
-def test_launch_sigterm(data, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_launch_signals(number, data, tmp_path):
+    """One SIGTERM, or any number of Ctrl-C, which a terminal sends to all processes."""
     both = launch(data, tmp_path / "out")
-    both.kill(signal.SIGTERM)
-    assert both.wait() == 128 + signal.SIGTERM, both.err
-    assert "Traceback" not in both.err
+    for _ in range(15 if number == signal.SIGINT else 1):
+        # What ends meanwhile has no entry in /proc any more.
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            for pid in children(both.process.pid) if number == signal.SIGINT else []:
+                os.kill(pid, number)
+        both.kill(number)
+        time.sleep(0.05)
+    assert both.wait() == 128 + number, both.err
+    assert "Traceback" not in both.err and "Exception ignored" not in both.err
     assert both.err.count("; the same command continues") == 1
     continues(data, tmp_path / "out")
 
@@ -221,34 +205,20 @@ def test_launch_sigterm(data, tmp_path):
 def test_launch_sigkill(data, tmp_path):
     """The processes of a launcher that is killed end by themselves."""
     both = launch(data, tmp_path / "out", STEPS + 3)  # in the second epoch
-    ranks = list(children(both.process.pid).values())
+    ranks = children(both.process.pid)
     both.kill(signal.SIGKILL)
     both.wait()
     assert len(ranks) == 2 and all_end(ranks)
     continues(data, tmp_path / "out")
 
 
-def test_launch_any_number_of_interrupts(data, tmp_path):
-    """Of Ctrl-C, which a terminal sends to all processes of the command."""
-    both = launch(data, tmp_path / "out")
-    for _ in range(15):
-        # What ends meanwhile has no entry in /proc any more.
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for pid in (*children(both.process.pid).values(), both.process.pid):
-                os.kill(pid, signal.SIGINT)
-        time.sleep(0.05)
-    assert both.wait() == 128 + signal.SIGINT, both.err
-    assert "Traceback" not in both.err and "Exception ignored" not in both.err
-    assert (tmp_path / "out" / "checkpoint.pth.tar").exists()
-
-
 def test_launch_killed_process(data, tmp_path):
     both = launch(data, tmp_path / "out")
     ranks = children(both.process.pid)
-    os.kill(ranks["1"], signal.SIGKILL)
+    os.kill(ranks[1], signal.SIGKILL)
     assert both.wait() == 128 + signal.SIGKILL
     assert both.messages[-1] == "main.py: error: process 1 of 2 was killed by signal 9"
-    assert all_end(list(ranks.values()))
+    assert all_end(ranks)
 
 
 def test_launch_mistake(data, tmp_path):
@@ -267,7 +237,7 @@ def test_train_sigint_in_one_process(data, tmp_path):
     ranks[1].kill(signal.SIGINT)
     assert [rank.wait() for rank in ranks] == [128 + signal.SIGINT] * 2
     assert "the same command continues" in ranks[0].err and not ranks[1].messages
-    assert utils.load_checkpoint(out / "checkpoint.pth.tar")["flags"]["batch_size"] == 8
+    assert load(out)["flags"]["batch_size"] == 8
 
 
 def test_get_flags_numbers_of_processes(data, tmp_path):
