@@ -265,6 +265,7 @@ def start_worker(_number: int) -> None:
     """Prepares a worker: Ctrl-C is the main process's, and Pillow's warnings are silenced."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     warnings.simplefilter("ignore")
+    end_with_parent()  # or it would wait for ever for somebody to take what it has decoded
 
 
 def build_array(target: Path, images: Decoded, names: list[str], workers: int) -> None:
