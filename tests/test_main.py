@@ -327,15 +327,18 @@ def new_run(device: str, *flags: str) -> main.Run:
 
 
 def test_set_learning_rates():
-    """Steps follow the rates, tensors that a checkpoint does not replace."""
-    wae = new_run("cpu", "--mode=gan", "--lr=0.5", "--lr_adv=4")
-    wae.load_state_dict({"step": 0, "images": ""} | wae.weights() | wae.moments())
-    assert wae.set_learning_rates(0.1) == 0.05
-    for name, rate in (("net", 0.05), ("discriminator", 0.4)):
-        weight = next(wae.networks[name].parameters())
-        before, weight.grad = weight.detach().clone(), torch.ones_like(weight)
-        wae.optimizers[name].step()  # of Adam, whose first one is as long as the rate
-        assert (before - weight).mean().item() == pytest.approx(rate, rel=1e-4)
+    """Steps follow the rates, whatever those were when a checkpoint was written."""
+    flags = ("--mode=gan", "--lr=0.5", "--lr_adv=4")
+    old, wae = new_run("cpu", *flags), new_run("cpu", *flags)
+    old.set_learning_rates(0.5)
+    wae.load_state_dict({"step": 0, "images": ""} | old.weights() | old.moments())
+    for factor in (1, 0.1):
+        assert wae.set_learning_rates(factor) == 0.5 * factor
+        for name, rate in (("net", 0.5), ("discriminator", 4)):
+            weight = next(wae.networks[name].parameters())
+            before, weight.grad = weight.detach().clone(), torch.ones_like(weight)
+            wae.optimizers[name].step()  # as long as the rate, since gradients are always the same
+            assert (before - weight).mean().item() == pytest.approx(rate * factor, rel=1e-4)
 
 
 COMBINATIONS = [
