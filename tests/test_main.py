@@ -223,7 +223,14 @@ def test_get_flags_of_a_run(trained, toy_faces):
             with pytest.raises(utils.UsageError, match=words):
                 main.get_flags([*resume, other(action, stored[action.dest])])
     same = ["--seed=1", "--lr=0.00030", "--mode=gan", "--noise=add_noise"]
-    changed = ["--niter=9", "--print_every=7", "--sample_every=2", "--amp", "--no-graph"]
+    changed = [
+        "--niter=9",
+        "--print_every=7",
+        "--sample_every=2",
+        "--amp",
+        "--no-graph",
+        "--workers=0",
+    ]
     flags, _ = main.get_flags([*resume, *same, *changed])
     assert (flags.niter, flags.batch_size, flags.outf) == (9, 8, trained["gan"])
 

@@ -238,14 +238,3 @@ def test_train_sigint_in_one_process(data, tmp_path):
     assert [rank.wait() for rank in ranks] == [128 + signal.SIGINT] * 2
     assert "the same command continues" in ranks[0].err and not ranks[1].messages
     assert load(out)["flags"]["batch_size"] == 8
-
-
-def test_get_flags_numbers_of_processes(data, tmp_path):
-    def refuses(env: dict[str, str], words: str, *flags: str) -> None:
-        refused = program.run(tmp_path, *data, *flags, f"--outf={tmp_path / 'out'}", env=env)
-        refused.fails(2, words)
-
-    refuses(torchrun_variables(3)[0], "--batch_size=8 cannot be shared by 3 processes")
-    no_gpu = torchrun_variables(2)[0] | {"CUDA_VISIBLE_DEVICES": ""}
-    refuses(no_gpu, "--cuda: PyTorch finds no CUDA GPU", "--cuda")
-    assert not (tmp_path / "out").exists()

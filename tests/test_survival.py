@@ -223,27 +223,6 @@ def test_execute_folder_in_use(trained, mmd_flags, tmp_path):
     assert main.execute([f"--outf={outf}", "--evaluate"]) == 0
 
 
-def test_execute_moved_checkpoint(trained, mmd_flags, tmp_path):
-    """Another folder for checkpoint, output and data: the same networks as without any move."""
-    moved = Path(shutil.copy(trained["mmd"] / "checkpoint.pth.tar", tmp_path / "mine.pth"))
-    before = moved.read_bytes()
-    root = Path(mmd_flags[0].removeprefix("--dataroot="))
-    data = shutil.copytree(root, tmp_path / "other data", copy_function=shutil.copyfile)
-    flags = [f"--outf={tmp_path / 'new'}", f"--dataroot={data}", "--print_every=2", "--gpu_id=3"]
-    changed = ["--niter=3", "--sample_every=2", "--workers=0", f"--cache_dir={tmp_path / 'c'}"]
-    run(tmp_path, f"--checkpoint={moved}", *flags, *changed).succeeds()
-    assert moved.read_bytes() == before
-    assert not (tmp_path / "new" / "fake_samples_epoch_001.png").exists()
-    assert steps(tmp_path / "new") == [1, 2, 3, 4, 6, 8]  # every second from step 3 on
-    assert load(tmp_path / "new")["flags"]["dataroot"] == str(data)
-
-    run(tmp_path, *mmd_flags, "--niter=3", f"--outf={tmp_path / 'whole'}").succeeds()
-    found = differences(tmp_path / "whole", tmp_path / "new")
-    assert not any(
-        f"/{name}" in place for place in found for name in ("net", "optim", "best", "step")
-    )
-
-
 def test_load_data_other_images(trained, tmp_path):
     """An error for a run, which would mix held-out and training images, and a word otherwise."""
     data = tmp_path / "data" / "all"
