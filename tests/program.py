@@ -57,7 +57,9 @@ def _main(argv: list[str], folder: Path, options: dict) -> None:
             os.close(number)
             setattr(sys, name, None)
         else:
-            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            # To its end, since processes of a killed launcher may still write to it.
+            how = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+            os.dup2(os.open(path, how), number)
             # A stream of its own, which knows a file from a pipe.
             setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
     if "max_bytes" in options:
