@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributed import is_torchelastic_launched
+from torch.distributed import DistError, is_torchelastic_launched
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import update_bn
 from tqdm import tqdm
@@ -53,6 +53,7 @@ PAPER_EPOCHS = 55  # the length of run that the paper's schedule of learning rat
 BATCH_NORM_BATCHES = 100  # that batch norm is re-estimated from at an epoch's end
 N_MIXTURE = 10  # Gaussians in the mixture that is fitted to the codes (Ghosh et al., ICLR 2020)
 GPU_BATCH = 1024  # images, at least, that a GPU encodes or decodes at a time in an evaluation
+LOST = "another process has ended or cannot be reached"
 DIVERGED_HINT = "try a lower --lr in another --outf; a checkpoint written before is intact"
 
 MODE_DEFAULTS = {
@@ -195,15 +196,16 @@ def get_parser() -> argparse.ArgumentParser:
     add("--tensorboard", **switch,
         help="write log and pictures for TensorBoard too, which must be installed")
 
-    add = parser.add_argument_group("use of a checkpoint").add_argument
+    group = parser.add_argument_group("use of a checkpoint")
+    add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
     add("--checkpoint", type=path,
         help="continue, evaluate or sample this run; its flags become the defaults")
-    add("--evaluate", **switch, help="no training: write images and metrics of a checkpoint")
+    either("--evaluate", **switch, help="no training: write images and metrics of a checkpoint")
     add("--n_samples", type=number(int, 2), default=10000,
         help="samples of each latent density in an evaluation; 2 or more (default: 10000)")
     add("--fid", **switch,
         help="add Frechet inception distances to an evaluation; needs pytorch-fid")
-    add("--generate", type=count, metavar="N",
+    either("--generate", type=count, metavar="N",
         help="no training, no images needed: write N samples of a checkpoint")
     add("--density", default="prior", choices=("prior", "gaussian", "mixture"),
         help="of the samples: the prior, or one fitted to codes by an evaluation (default: prior)")
@@ -725,19 +727,6 @@ def test_metrics(run: Run, images: Images) -> tuple[dict[str, float], Tensor, Te
     return {name: value.item() for name, value in metrics.items()}, codes, errors
 
 
-def prior_metrics(run: Run, n: int, sets: int = 20) -> dict[str, float]:
-    """What as many samples of the prior score: the spread of test_w2, the extreme eigenvalues."""
-    utils.set_seed(run.flags.seed, "prior metrics")
-    samples = [run.sample_prior(n) for _ in range(sets)]
-    w2 = torch.stack([model.gaussian_w2(z, run.flags.pz_scale) for z in samples])
-    eigenvalues = torch.stack([model.covariance_eigenvalues(z)[0] for z in samples]).mean(0)
-    return {
-        "test_w2_std_of_prior": w2.std().item(),
-        "eigenvalue_min_of_prior": eigenvalues[0].item(),
-        "eigenvalue_max_of_prior": eigenvalues[-1].item(),
-    }
-
-
 def sample_grids(run: Run, images: Images) -> dict[str, Image.Image]:
     """Pictures of samples, from always the same codes, and of held-out images and paths."""
     utils.set_seed(run.flags.seed, "pictures")
@@ -793,13 +782,13 @@ def evaluate(run: Run, data: Data, folders: bool) -> None:
     fitted = fit_densities(run, data.train) if len(data.train) > 1 else {}
     densities = {name: model.mixture(**state) for name, state in fitted.items()}
     if densities:
-        ratio = densities["mixture"].log_prob(codes.double())
-        ratio -= model.prior_log_density(codes.double(), flags.pz_scale)
-        metrics["test_nats"] = ratio.mean().item()
+        nats = model.nats_from_prior(codes, densities["mixture"], flags.pz_scale)
+        metrics["test_nats"] = nats.item()
         if run.images in (None, data.digest):  # of other images they would not be the run's
-            utils.save_checkpoint(outf / DENSITIES, fitted)
+            utils.save_checkpoint(outf / DENSITIES, fitted | {"step": run.step})
     if len(codes) > 1:
-        metrics |= prior_metrics(run, len(codes))
+        utils.set_seed(flags.seed, "prior metrics")
+        metrics |= model.prior_metrics(*codes.shape, flags.pz_scale, codes.device)
         utils.save_picture(outf / "codes.png", plot_codes(run, codes))
 
     def score(name: str, count: int, batches: Iterable[Tensor]) -> model.Moments:
@@ -842,9 +831,12 @@ def generate(flags: argparse.Namespace, checkpoint: dict[str, Any]) -> int:
     run.load_state_dict(checkpoint)
     if flags.density != "prior":
         path = (flags.checkpoint or flags.outf / CHECKPOINT).with_name(DENSITIES)
-        if "densities" not in checkpoint and not path.exists():
-            raise UserError(f"--density={flags.density}: {path} is missing; --evaluate leaves it")
-        densities = checkpoint.get("densities") or utils.load_checkpoint(path, flags.density)
+        densities = checkpoint.get("densities")
+        if densities is None and path.exists():
+            densities = utils.load_checkpoint(path, flags.density, "step")
+        if densities is None or densities.get("step", run.step) != run.step:
+            hint = "--evaluate leaves it"
+            raise UserError(f"--density={flags.density}: no {path} of step {run.step}; {hint}")
         state = densities[flags.density]
         density = model.mixture(**{k: v.to(run.world.device).double() for k, v in state.items()})
     utils.make_folder(flags.outf)
@@ -987,10 +979,10 @@ def main() -> int:
         message, status = one_line(error), getattr(error, "status", 1)
         if not message:
             raise
-    if not utils.is_main():
-        # Rank 0 finds most mistakes, too, says so, and its end ends this process.
+    if not utils.is_main() or message.startswith(LOST):
+        # Rank 0 finds most mistakes, too; who failed first says so, and its end ends this process.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        time.sleep(5)
+        time.sleep(20)
     print(f"main.py: error: {utils.printable(message)}", file=sys.stderr)
     return status
 
@@ -1001,6 +993,8 @@ def one_line(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
+    if isinstance(error, DistError) or "gloo/transport" in str(error):
+        return f"{LOST}: {str(error).splitlines()[0]}"
     signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
         return "out of memory; try a smaller --batch_size, --nf or --image_size"

@@ -492,6 +492,24 @@ def gaussian_w2(codes: Tensor, pz_scale: float = 1.0) -> Tensor:
     return distance - covariance.trace() / n - 2 * pz_scale * in_root
 
 
+def prior_metrics(
+    n: int, nz: int, pz_scale: float, device: torch.device | str = "cpu", sets: int = 20
+) -> dict[str, float]:
+    """What n samples of the prior score: the spread of `gaussian_w2`, the extreme eigenvalues.
+
+    From `sets` times n samples, of the global generator. A figure of n codes that is no further
+    off is one of the prior.
+    """
+    samples = [sample_prior(n, nz, pz_scale, device) for _ in range(sets)]
+    w2 = torch.stack([gaussian_w2(z, pz_scale) for z in samples])
+    eigenvalues = torch.stack([covariance_eigenvalues(z)[0] for z in samples]).mean(0)
+    return {
+        "test_w2_std_of_prior": w2.std().item(),
+        "eigenvalue_min_of_prior": eigenvalues[0].item(),
+        "eigenvalue_max_of_prior": eigenvalues[-1].item(),
+    }
+
+
 class Moments:
     """Mean (d,) and covariance (d, d) of rows that come in batches (n, d), in float64."""
 
@@ -525,6 +543,16 @@ def sharpness(images: Tensor) -> Tensor:
 def mixture(weights: Tensor, means: Tensor, covariances: Tensor) -> MixtureSameFamily:
     """The mixture of K Gaussians of weights (K,), means (K, nz) and covariances (K, nz, nz)."""
     return MixtureSameFamily(Categorical(weights), MultivariateNormal(means, covariances))
+
+
+def nats_from_prior(codes: Tensor, density: MixtureSameFamily, pz_scale: float = 1.0) -> Tensor:
+    """The mean over codes (N, nz) of log density(z) - log p(z); a scalar.
+
+    For a density fitted to other codes of the same distribution Q_Z it is, on average, at most
+    KL(Q_Z || P_Z), and sees what is not Gaussian.
+    """
+    codes = codes.double()
+    return (density.log_prob(codes) - prior_log_density(codes, pz_scale)).mean()
 
 
 def spread_points(codes: Tensor, k: int) -> Tensor:
@@ -573,4 +601,4 @@ def fit_mixture(codes: Tensor, components: int, iterations: int = 100) -> dict[s
         previous, likelihood = likelihood, log_p.logsumexp(1).mean().item()
         if likelihood - previous < 1e-3:
             break
-    return {"weights": weights, "means": means, "covariances": torch.stack([*covariances])}
+    return {"weights": weights, "means": means, "covariances": torch.stack(covariances)}

@@ -183,6 +183,7 @@ REFUSED = {
     "--dataroot=d --ngpu=3": "--batch_size=100 cannot be shared by 3 processes",
     "--dataroot=d --ngpu=100": "--batch_size=100 cannot be shared by 100 processes",
     "--dataroot=d --batch=4": "unrecognized arguments: --batch=4",
+    "--evaluate --generate=4": "argument --generate: not allowed with argument --evaluate",
     "--dataroot=d --lr=0": "argument --lr: 0 is out of range: it must be more than 0",
     "--dataroot=d --lr=nan": "argument --lr: nan is out of range",
     "--dataroot=d --nz=two": "argument --nz: invalid int value: 'two'",
@@ -565,8 +566,13 @@ def test_generate(trained, tmp_path):
     state["flags"]["dataroot"] = "/nowhere"
     torch.save(state, path)
     densities = trained["mmd"] / DENSITIES_FILE
-    with pytest.raises(utils.UserError, match=f"--density=mixture: {path.parent}/{densities.name}"):
-        main.execute([f"--checkpoint={path}", "--generate=10", "--density=mixture"])
+    other_step = load(trained["mmd"], densities.name) | {"step": 2}  # as of model_best.pth.tar
+    for beside in (None, other_step):
+        if beside:
+            torch.save(beside, path.parent / densities.name)
+        words = f"^--density=mixture: no {path.parent}/{densities.name} of step 3"
+        with pytest.raises(utils.UserError, match=words):
+            main.execute([f"--checkpoint={path}", "--generate=10", "--density=mixture"])
     shutil.copy(densities, path.parent)
     for name in ("prior", "gaussian", "mixture"):
         outf = tmp_path / name

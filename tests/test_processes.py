@@ -154,7 +154,7 @@ def test_check_agreement(differ, data, tmp_path):
     ]
     ranks[0].fails(1, f"the processes do not agree on {differ}")
     assert ranks[1].wait() == 1
-    assert ranks[1].messages == ["waited 5 s", *ranks[0].messages]  # torchrun ends it before
+    assert ranks[1].messages == ["waited 20 s", *ranks[0].messages]  # torchrun ends it before
 
 
 def break_down() -> None:
@@ -216,17 +216,15 @@ def test_launch_killed_process(data, tmp_path):
     both = launch(data, tmp_path / "out")
     ranks = children(both.process.pid)
     os.kill(ranks[1], signal.SIGKILL)
-    assert both.wait() == 128 + signal.SIGKILL
-    assert both.messages[-1] == "main.py: error: process 1 of 2 was killed by signal 9"
+    both.fails(128 + signal.SIGKILL, "process 1 of 2 was killed by signal 9")
     assert all_end(ranks)
 
 
 def test_launch_mistake(data, tmp_path):
-    """No other machine is waited for. (On a busy machine the second process says it, too.)"""
+    """It is told once, and no other machine is waited for."""
     flags = ["--ngpu=2", f"--dataroot={tmp_path / 'none'}", f"--outf={tmp_path / 'out'}"]
     wrong = program.run(tmp_path, *data, *flags, env={"PET_NNODES": "2"})
-    assert wrong.wait() == 1 and len(set(wrong.messages)) == 1, wrong.err
-    assert f"error: --dataroot={tmp_path / 'none'}: no such folder" in wrong.messages[0]
+    wrong.fails(1, f"--dataroot={tmp_path / 'none'}: no such folder")
 
 
 def test_train_sigint_in_one_process(data, tmp_path):
