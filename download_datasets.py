@@ -197,9 +197,9 @@ def get_mnist(data_dir: Path, url: str | None) -> None:
             Image.fromarray(image).save(folder / f"{i:05d}.png")
 
 
-def draw_face(seed: int, index: int) -> Image.Image:
-    """Returns face `index` of the set `seed`, 178 x 218, the eyes where CelebA's are."""
-    rng = np.random.default_rng([seed, index])
+def draw_face(index: int) -> Image.Image:
+    """Returns a face, 178 x 218, the eyes where CelebA's are. It depends on the index alone."""
+    rng = np.random.default_rng([0, index])
     uniform = rng.uniform
     skin, hair = (rng.choice(tones) * uniform(0.85, 1.05) for tones in (SKIN, HAIR))
     wall = uniform(60, 200) + rng.normal(0, 22, 3) + rng.normal(0, 16, (2, 2, 3))
@@ -266,24 +266,22 @@ def draw_face(seed: int, index: int) -> Image.Image:
     return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
-def get_toy(data_dir: Path, seed: int, n_images: int) -> None:
-    """Writes `n_images` toy faces to `data_dir`/toy. They depend on the seed alone."""
+def get_toy(data_dir: Path, n_images: int) -> None:
+    """Writes `n_images` toy faces to `data_dir`/toy, always the same ones."""
     final = data_dir / "toy" / "img_align_toy"
-    if already_done(final, n_images, str(seed)):
+    if already_done(final, n_images):
         return
     with staging_folder(final) as folder:
         for index in trange(1, n_images + 1, desc="drawing", disable=None):
-            draw_face(seed, index).save(folder / f"{index:06d}.jpg", quality=92)
-        (folder / ".seed").write_text(str(seed))
+            draw_face(index).save(folder / f"{index:06d}.jpg", quality=92)
 
 
-def already_done(final: Path, n_images: int, seed: str = "") -> bool:
+def already_done(final: Path, n_images: int) -> bool:
     """Returns whether `final` is there. Raises OSError if it has other images."""
     if not final.exists():
         return False
     count = sum(name.endswith((".jpg", ".png")) for name in os.listdir(final))
-    note = final / ".seed"
-    if count != n_images or (note.exists() and note.read_bytes() != seed.encode()):
+    if count != n_images:
         raise OSError(f"{final} has other images ({count}): remove it or set --data_dir")
     print(f"{final} has its {count} images already")
     return True
@@ -330,13 +328,12 @@ def parse_args() -> argparse.Namespace:
     mnist = sets.add_parser("mnist", help="70,000 handwritten digits, 11 MB")
     mnist.add_argument("--url", help="a mirror: the folder of the four .gz files")
     toy = sets.add_parser("toy", help="drawn faces of CelebA's size, without a network")
-    toy.add_argument("--seed", type=int, default=0, help="which faces, 0 or more (default: 0)")
     toy.add_argument("--n_images", type=int, default=4000, help="1 to 999999 (default: 4000)")
     for one in (celeba, mnist, toy):
         one.add_argument("--data_dir", type=Path, default="data", help="(default: data)")
     options = parser.parse_args()
-    if options.dataset == "toy" and (options.seed < 0 or not 0 < options.n_images < 10**6):
-        parser.error("--seed must be 0 or more, and --n_images 1 to 999999")
+    if options.dataset == "toy" and not 0 < options.n_images < 10**6:
+        parser.error("--n_images must be 1 to 999999")
     return options
 
 
@@ -355,7 +352,7 @@ def main() -> None:
         get(**options)
     except OSError as error:
         message = str(error)
-        if error.errno:  # the system's: ours, and that of requests for a bad setting, have none
+        if error.errno:  # the system's; those of this file and of requests have none
             message = f"{error.filename or options['data_dir']}: {error.strerror}"
         sys.exit(f"download_datasets.py: error: {' '.join(message.split())}")
 

@@ -24,7 +24,7 @@ import signal
 import sys
 import time
 from argparse import BooleanOptionalAction
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -52,7 +52,7 @@ COLUMNS = ("epoch", "step", *LOSSES, "lr", "images_per_s", *METRICS)
 PAPER_EPOCHS = 55  # the length of run that the paper's schedule of learning rates is made for
 BATCH_NORM_BATCHES = 100  # that batch norm is re-estimated from at an epoch's end
 N_MIXTURE = 10  # Gaussians in the mixture that is fitted to the codes (Ghosh et al., ICLR 2020)
-GPU_BATCH = 1024  # images, at least, that a GPU encodes or decodes at a time in an evaluation
+GPU_BATCH = 1024  # images of 64 pixels that a GPU encodes or decodes at a time in an evaluation
 LOST = "another process has ended or cannot be reached"
 DIVERGED_HINT = "try a lower --lr in another --outf; a checkpoint written before is intact"
 
@@ -63,11 +63,11 @@ MODE_DEFAULTS = {
 }
 
 # Flags of a single command or of a machine: a checkpoint does not bring them.
-NOT_KEPT = "checkpoint outf evaluate fid generate density cuda gpu_id ngpu workers compile graph"
-NOT_KEPT = frozenset(NOT_KEPT.split())
+NOT_KEPT = {"checkpoint", "outf", "evaluate", "fid", "generate", "density"}
+NOT_KEPT |= {"cuda", "gpu_id", "ngpu", "workers", "compile", "graph"}
 # Flags that a continued run may change. All others define the run.
-MAY_CHANGE = "dataroot cache_dir niter print_every sample_every checkpoint_every tensorboard"
-MAY_CHANGE = NOT_KEPT.union(MAY_CHANGE.split(), ("n_samples", "amp"))
+MAY_CHANGE = NOT_KEPT | {"dataroot", "cache_dir", "niter", "amp", "n_samples"}
+MAY_CHANGE |= {"print_every", "sample_every", "checkpoint_every", "tensorboard"}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -236,14 +236,16 @@ def get_flags(argv: list[str]) -> tuple[argparse.Namespace, dict[str, Any] | Non
         return check(flags), None
     checkpoint = utils.load_checkpoint(source, "flags", "net", "step", "images", "n_train")
     stored = checkpoint["flags"]
-    if flags.checkpoint or not trains:
+    restored = flags.checkpoint or not trains
+    if restored:
         kept = (vars(flags).keys() - NOT_KEPT) & stored.keys()
         parser.set_defaults(**{name: stored[name] for name in kept})
         flags = complete(parser.parse_args(argv))  # what is typed wins
     try:
         check(flags)
     except UsageError as error:
-        raise UsageError(f"{error} (flags that were not typed are those of {source})") from None
+        origin = f" (flags that were not typed are those of {source})" if restored else ""
+        raise UsageError(f"{error}{origin}") from None
     if not trains:
         return flags, checkpoint
     differ = {k: v for k, v in vars(flags).items() if k not in MAY_CHANGE and v != stored.get(k)}
@@ -328,7 +330,8 @@ class Run:
         self.images: str | None = None  # the digest of those that a checkpoint was trained on
         self.best_state: dict[str, Any] | None = None  # until the next checkpoint is written
         # Images that are encoded or decoded at a time in an evaluation.
-        self.eval_batch = max(flags.batch_size, GPU_BATCH if flags.cuda else 0)
+        gpu_batch = GPU_BATCH * 64**2 // flags.image_size**2 if flags.cuda else 0
+        self.eval_batch = max(flags.batch_size, gpu_batch)
         utils.set_seed(flags.seed, "weights")
         net = build_network(flags)
         if flags.cuda and world.size > 1:
@@ -345,14 +348,14 @@ class Run:
         # What a step calls: the same networks, for several processes and compiled.
         gpus = [world.device.index] if flags.cuda else None
         several = partial(DistributedDataParallel, device_ids=gpus)
-        ddp = {k: several(net) if world.size > 1 else net for k, net in self.networks.items()}
+        ddp = {k: several(part) if world.size > 1 else part for k, part in self.networks.items()}
         self.ddp_net, self.ddp_discriminator = ddp["net"], ddp.get("discriminator")
         self.mmd = model.exact_mmd if flags.mmd == "exact" else model.sampled_mmd
         if flags.compile:
             self.ddp_net, self.mmd = torch.compile(self.ddp_net), torch.compile(self.mmd)
 
-        self.rates, self.rate_factor = {"net": flags.lr, "discriminator": flags.lr_adv}, 1.0
-        self.optimizers = {k: self.adam(net, self.rates[k]) for k, net in self.networks.items()}
+        self.rates = {"net": flags.lr, "discriminator": flags.lr_adv}
+        self.optimizers = {k: self.adam(part, self.rates[k]) for k, part in self.networks.items()}
 
     def adam(self, network: nn.Module, lr: float) -> torch.optim.Adam:
         """The optimiser of the paper, for the weights of a network.
@@ -367,10 +370,8 @@ class Run:
 
     def set_learning_rates(self, factor: float) -> float:
         """Sets the rates to `factor` times their flags. Returns that of encoder and decoder."""
-        if factor != self.rate_factor:
-            for name, optimizer in self.optimizers.items():
-                optimizer.param_groups[0]["lr"].fill_(self.rates[name] * factor)
-            self.rate_factor = factor
+        for name, optimizer in self.optimizers.items():
+            optimizer.param_groups[0]["lr"].fill_(self.rates[name] * factor)
         return self.rates["net"] * factor
 
     def autocast(self) -> AbstractContextManager:
@@ -465,7 +466,7 @@ def train_step(run: Run, x: Tensor, *prior: Tensor) -> Tensor:
     elif flags.mode == "mmd":
         # Algorithm 2: update Q and G by descending 1/n sum_i c(x_i, G(z~_i)) + LAMBDA MMD^2(z, z~),
         # where the expectation over z replaces the samples z_i unless --mmd=sampled.
-        all_codes = utils.gather(codes, world)
+        all_codes = utils.Gather.apply(codes) if world.size > 1 else codes
         kernel = model.Kernel(flags.kernel, flags.pz_scale, flags.imq_scales, flags.quadratic)
         penalty = run.mmd(all_codes, kernel, *prior)
     else:
@@ -506,7 +507,7 @@ def pretrain_encoder(run: Run, images: Images) -> None:
             bar.set_postfix(loss=f"{value:.3g}", target=f"{target:.3g}")
             if value <= target:
                 break
-    # Nothing averaged the gradients: from here on, all processes have the same encoder.
+    # Each process pretrained on its own, with the same draws; this removes differences of rounding.
     utils.copy_from_main(run.net, run.world)
 
 
@@ -696,11 +697,7 @@ def encode_all(run: Run, images: Images) -> Iterator[tuple[Tensor, Tensor, Tenso
 def test_metrics(run: Run, images: Images) -> tuple[dict[str, float], Tensor, Tensor]:
     """Metrics of held-out images, their codes (N, nz), and the squared error of each (N,).
 
-    test_mse is the mean squared error of reconstructions, for pixels in [0, 1]. test_mmd and
-    test_w2 are distances of the codes from the prior: `model.exact_mmd` with the IMQ kernel, and
-    `model.gaussian_w2`. The eigenvalues are the extreme ones of the codes' covariance.
-    noise_variance is the mean variance that a Gaussian encoder gives. A single image has test_mse
-    alone.
+    The README explains the metrics. A single image has test_mse alone.
     """
     errors, codes, variances = [], [], []
     for batch, code, log_variance in encode_all(run, images):
@@ -791,28 +788,25 @@ def evaluate(run: Run, data: Data, folders: bool) -> None:
         metrics |= model.prior_metrics(*codes.shape, flags.pz_scale, codes.device)
         utils.save_picture(outf / "codes.png", plot_codes(run, codes))
 
-    def score(name: str, count: int, batches: Iterable[Tensor]) -> model.Moments:
-        """Notes the sharpness of a set of images. Returns the moments of their features."""
+    test = (utils.from_uint8(batch, False) for batch in batches_in_order(run, data.test))
+    sets = {"real": (len(codes), test)}
+    sets["reconstructions"] = len(codes), map(run.decode, codes.split(run.eval_batch))
+    for name, density in {"prior": None, **densities}.items():
+        sets[f"samples_{name}"] = n, sample_images(run, name, density, n)
+    for name, (count, batches) in sets.items():
         if folders:
             batches = utils.write_images(outf / "eval" / name, batches)
-        sharp, moments = [], model.Moments()
+        sharp, moments = [], model.Moments()  # of the features
         n_batches = math.ceil(count / run.eval_batch)
         for images in utils.progress(batches, name, n_batches, unit="batch", leave=False):
             sharp.append(model.sharpness(images))
             if inception:
                 moments.add(inception.features(images))
         metrics[f"sharpness_{name}"] = torch.cat(sharp).mean().item()
-        return moments
-
-    test = (utils.from_uint8(batch, False) for batch in batches_in_order(run, data.test))
-    real = score("real", len(codes), test)
-    sets = {"reconstructions": (len(codes), map(run.decode, codes.split(run.eval_batch)))}
-    for name, density in {"prior": None, **densities}.items():
-        sets[f"samples_{name}"] = n, sample_images(run, name, density, n)
-    for name, (count, batches) in sets.items():
-        fake = score(name, count, batches)
-        if inception:
-            distance = model.frechet_distance(*real.result(), *fake.result())
+        if name == "real":
+            real = moments
+        elif inception:
+            distance = model.frechet_distance(*real.result(), *moments.result())
             metrics[f"fid_{name}"] = distance.item()
 
     if folders:
@@ -867,7 +861,7 @@ def load_data(flags: argparse.Namespace, stored: dict[str, Any] | None, world: W
     """The images of --dataroot, those of the checkpoint `stored`; on the GPU if they fit."""
     how = (flags.dataset, flags.image_size, flags.crop, flags.workers, flags.cache_dir)
     images, names, digest = utils.load_images(flags.dataroot, *how, flags.channels)
-    n_test = flags.n_test or utils.default_n_test(len(images))
+    n_test = flags.n_test or max(2, min(len(images) // 10, utils.CELEBA_TEST_IMAGES))
     if flags.evaluate:  # of any number of images, those of the checkpoint or others
         n_test = min(n_test, len(images))
     n_train = len(images) - n_test
@@ -909,7 +903,7 @@ def execute(argv: list[str]) -> int:
     if flags.generate:
         return generate(flags, checkpoint)
     if flags.ngpu > 1 and not is_torchelastic_launched():
-        return launch(flags.ngpu, argv)
+        return launch(flags.ngpu, flags.cuda, argv)
     world, signum = utils.get_world(flags.cuda, flags.gpu_id), 0
     utils.make_folder(flags.outf)
     # Rank 0 alone has the lock; if it fails, it ends the others.
@@ -944,7 +938,7 @@ def execute(argv: list[str]) -> int:
     return 128 + signum if signum else 0
 
 
-def launch(processes: int, argv: list[str]) -> int:
+def launch(processes: int, cuda: bool, argv: list[str]) -> int:
     """Runs the command in several processes on this machine, as `torchrun` does."""
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -953,7 +947,9 @@ def launch(processes: int, argv: list[str]) -> int:
     for name in [name for name in os.environ if name.startswith("PET_")]:
         del os.environ[name]  # a cluster's settings of torchrun, which would wait for more machines
     # Seconds to finish a step and write a checkpoint after a signal.
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
+    # A process that waits for a GPU that is gone takes it all.
+    timeout = "60" if cuda else "300"
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", timeout)
     # The processes say themselves what is wrong.
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
     try:
@@ -980,7 +976,8 @@ def main() -> int:
         if not message:
             raise
     if not utils.is_main() or message.startswith(LOST):
-        # Rank 0 finds most mistakes, too; who failed first says so, and its end ends this process.
+        # Rank 0 reports what all processes meet, and a lost connection echoes another's error.
+        # Wait: torchrun ends this process once the other has ended.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(20)
     print(f"main.py: error: {utils.printable(message)}", file=sys.stderr)
@@ -993,11 +990,11 @@ def one_line(error: Exception) -> str:
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, DistError) or "gloo/transport" in str(error):
-        return f"{LOST}: {str(error).splitlines()[0]}"
     signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
     if isinstance(error, MemoryError) or any(sign in str(error) for sign in signs):
         return "out of memory; try a smaller --batch_size, --nf or --image_size"
+    if isinstance(error, DistError) or "gloo/transport" in str(error):
+        return f"{LOST}: {str(error).strip().splitlines()[-1]}"
     if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
         return f"--compile does not work here, leave it out: {str(error).splitlines()[0]}"
     return ""

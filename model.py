@@ -405,7 +405,8 @@ def discriminator_loss(logits_prior: Tensor, logits_codes: Tensor) -> Tensor:
 def gan_penalty(discriminator: nn.Module, codes: Tensor) -> Tensor:
     """-mean log D(z~) of codes (N, nz), the non-saturating loss of Algorithm 1; a scalar.
 
-    It leaves a gradient on the discriminator's weights, too, which its next step sets to zero.
+    It leaves a gradient on the discriminator's weights, too, which is set to zero before the
+    discriminator's next step.
     """
     return F.softplus(-discriminator(codes)).mean()
 
@@ -497,8 +498,8 @@ def prior_metrics(
 ) -> dict[str, float]:
     """What n samples of the prior score: the spread of `gaussian_w2`, the extreme eigenvalues.
 
-    From `sets` times n samples, of the global generator. A figure of n codes that is no further
-    off is one of the prior.
+    From `sets` times n samples of the global generator. A figure of n codes in this range cannot be
+    told from one of the prior.
     """
     samples = [sample_prior(n, nz, pz_scale, device) for _ in range(sets)]
     w2 = torch.stack([gaussian_w2(z, pz_scale) for z in samples])

@@ -21,6 +21,7 @@ import zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
 
@@ -46,8 +47,6 @@ CELEBA_TEST_IMAGES = 19_962  # the official test partition, the last images by n
 # Endings of the image files that are read.
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 ENDINGS += (".ppm", ".pgm", ".pbm", ".tga", ".jp2", ".avif")
-
-LARGE_ARRAY = 4e9  # bytes; what a larger array needs is said before it is built
 
 # No trained weight comes near this; beyond it a run has diverged.
 LARGEST_WEIGHT = 1e6
@@ -236,7 +235,7 @@ class Decoded(Dataset):
     """Decodes image files.
 
     Items are the pixels, or the error; a checksum of the file; and whether the crop is less than
-    half of the image.
+    half of the image's shorter side.
     """
 
     def __init__(self, paths: list[Path], size: int, crop: int | None, channels: int):
@@ -276,18 +275,16 @@ def build_array(target: Path, images: Decoded, names: list[str], workers: int) -
     """
     n, free = len(names), shutil.disk_usage(target.parent).free
     n_bytes = n * images.size**2 * images.channels
-    need = f"{n} decoded images take {n_bytes / 1e9:.1f} GB in {target.parent}"
     if n_bytes > free:
+        need = f"{n} decoded images take {n_bytes / 1e9:.1f} GB in {target.parent}"
         raise UserError(f"{need}, where {free / 1e9:.1f} GB are free; name another --cache_dir")
-    if n_bytes > LARGE_ARRAY:
-        warn(f"{need}, and on a GPU if they fit into half of its free memory")
     skipped, checksums, too_large = {}, [], 0
     try:
         workers = min(workers, math.ceil(n / 64))
         loader = DataLoader(
             images, 64, num_workers=workers, collate_fn=list, worker_init_fn=start_worker
         )
-        batches = iter(loader)  # starts the workers, while an OSError is not yet the disk's
+        batches = iter(loader)  # starts the workers, outside of what names the disk in its errors
         items = (item for batch in batches for item in batch)
         bar = progress(zip(names, items, strict=True), "decoding once", n, unit="img")
         with atomic_write(target) as file:
@@ -304,7 +301,7 @@ def build_array(target: Path, images: Decoded, names: list[str], workers: int) -
                 raise UserError(f"none of the {n} images can be read: {names[0]} ({pixels})")
             notes = {"skipped": skipped, "digest": digest(*zip(names, checksums, strict=True))}
             write_json(target.with_suffix(".json"), notes | {"too_large": too_large})
-    except (OSError, RuntimeError) as error:  # of the DataLoader: the system has its limits
+    except (OSError, RuntimeError) as error:  # of the workers: no memory, or too many processes
         hint = "use fewer --workers, or --workers=0"
         raise UserError(f"the processes that decode cannot go on ({error}); {hint}") from error
 
@@ -388,11 +385,6 @@ def load_images(
     return array, [name for name in names if name not in skipped], notes["digest"]
 
 
-def default_n_test(n_images: int) -> int:
-    """Held-out images by default: a tenth, at most as many as CelebA's official test partition."""
-    return min(n_images, max(2, min(n_images // 10, CELEBA_TEST_IMAGES)))
-
-
 def put_on_device(images: np.ndarray, device: torch.device) -> Images:
     """The array on the GPU if it fits in half of the free memory there; otherwise as it is."""
     if device.type != "cuda" or images.nbytes > torch.cuda.mem_get_info(device)[0] / 2:
@@ -425,7 +417,9 @@ def batches(
         batch = torch.from_numpy(images[index])
         return batch.pin_memory() if device.type == "cuda" else batch
 
-    with ThreadPoolExecutor(1) as thread:
+    # A thread starts with GPU 0, and would take memory there.
+    prepare = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+    with ThreadPoolExecutor(1, initializer=prepare) as thread:
         queue: deque = deque()
         try:
             for index in indices:
@@ -559,11 +553,6 @@ class Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def gather(x: Tensor, world: World) -> Tensor:
-    """The rows of all processes, differentiable; x itself if there is only one process."""
-    return Gather.apply(x) if world.size > 1 else x
-
-
 def all_values(value: Any, world: World) -> list[Any]:
     """The value that each process has, in rank order."""
     values = [value] * world.size
@@ -590,7 +579,7 @@ class Recorded:
 
     Args:
         step: takes tensors of always the same shapes and returns one. It must not wait for the GPU,
-            and finds all else that changes at one place in memory.
+            and whatever else changes between steps must stay at one place in memory.
     """
 
     WARM_UP = 3
@@ -620,16 +609,19 @@ class Recorded:
         """Records the step, which does not run it; `graph` stays None if that fails."""
         self.inputs = [tensor.clone() for tensor in inputs]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        seed = torch.cuda.initial_seed()
         try:
-            with torch.cuda.graph(graph):
+            # Thread-local: meanwhile, the thread of `batches` may ask for pinned memory.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self.output = self.step(*self.inputs)
             self.graph = graph
         except RuntimeError as error:
-            # The first error says why; what ends the recording then fails, too, and leaves behind
-            # its stream and a generator that counts for the graph.
+            # The error is that of ending the recording, and its context says why it failed. It
+            # leaves behind its stream and a generator that counts for the graph.
             torch.cuda.set_stream(stream)
             generator = torch.cuda.default_generators[stream.device.index]
             generator.graphsafe_set_state(torch.Generator(stream.device).graphsafe_get_state())
+            generator.manual_seed(seed)
             reason = str(error.__context__ or error).splitlines()[0]
             warn(f"the step is not recorded as a CUDA graph, and so it is slower: {reason}")
 
@@ -641,7 +633,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def handle_signals(handler: Callable[[int, Any], None]) -> None:
-    """Sets the handler of Ctrl-C, SIGTERM and a closed terminal, which nohup lets be ignored."""
+    """Sets the handler of Ctrl-C, SIGTERM and a closed terminal; nohup's choice of it stays."""
     for number in SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, handler)
@@ -899,4 +891,5 @@ class Inception:
         """Features (n, 2048) of images (n, C, S, S) in [0, 1], seen as the PNG files have them."""
         pixels = torch.from_numpy(to_uint8(images)).to(self.device)
         x = from_uint8(pixels, symmetric=False)
-        return self.network(x.expand(-1, 3, -1, -1))[0].flatten(1)
+        parts = x.expand(-1, 3, -1, -1).split(128)  # its layers are much larger than the images
+        return torch.cat([self.network(part)[0].flatten(1) for part in parts])

@@ -5,9 +5,9 @@
     python3 tests/benchmark.py --only=training,mmd --nf=32     # some of the rows
 
 A figure is a median over rounds. A row with a dash is measured in turns with the row above without
-one, and the ratio is of that row to this. In memory: the step on one batch that stays where it is,
-recorded on a GPU (if that fails, standard error says so). Predecessor: such a step as that of
-telin0411/WAE-PyTorch, not recorded. Memory of a GPU is all that PyTorch holds there.
+one; the ratio is that row's figure divided by this one's. In memory: the step on one batch that
+stays where it is, recorded on a GPU (if that fails, standard error says so). Predecessor: such a
+step as that of telin0411/WAE-PyTorch, not recorded. Memory of a GPU is all that PyTorch holds.
 """
 
 import argparse
@@ -81,7 +81,7 @@ class Bench:
         self.steps = options.steps or (50 if self.cuda else 10)
         self.dataroot = options.dataroot or folder / "toy"
         if not options.dataroot:
-            download_datasets.get_toy(folder, 0, 4000)
+            download_datasets.get_toy(folder, 4000)
         data = {"dataroot": self.dataroot, "dataset": options.dataset, "cache_dir": folder}
         flags = data | {"nf": options.nf, "niter": 1}
         self.flags = [*(f"--{k}={v}" for k, v in flags.items()), *["--cuda"] * self.cuda]

@@ -46,7 +46,7 @@ def flags_of(mode: str, data: Path, epochs: int, processes: int = 1) -> list[str
 
 
 def changed(path: Path) -> tuple[int, int] | None:
-    """What is another each time that a file is replaced or written."""
+    """A value that differs each time that the file is replaced or written."""
     try:
         return path.stat().st_ino, path.stat().st_mtime_ns
     except FileNotFoundError:

@@ -69,8 +69,6 @@ def _main(argv: list[str], folder: Path, options: dict) -> None:
 
     main.tqdm.set_lock(threading.RLock())  # tqdm's own is shared, and who is killed never frees it
     sys.argv = ["main.py", *argv]
-    if "uid" in options:
-        os.setuid(options["uid"])
     if "change" in options:
         options["change"]()
     sys.exit(main.main())
@@ -79,7 +77,7 @@ def _main(argv: list[str], folder: Path, options: dict) -> None:
 class Program:
     """`python3 main.py ARGV`, started; what it prints goes to files in `folder`.
 
-    Options are `uid`, `env`, `max_bytes` (of a file, as on a full disk), `stdout` and `stderr`
+    Options are `env`, `max_bytes` (of a file, as on a full disk), `stdout` and `stderr`
     (where these go, or None for closed), and `change`, a function to call before main.main().
     """
 

