@@ -80,6 +80,11 @@ def test_recorded_schedule(works, streams, capfd):
     assert capfd.readouterr().err == ("" if works else told)
 
 
+def keep_on_disk() -> None:
+    """Lets a thread pin memory for batches, during the recording, too."""
+    utils.put_on_device = lambda images, _device: images
+
+
 @needs_gpu
 @pytest.mark.parametrize("flags", ["--mode=mmd --amp", "--mode=gan", "--mode=mmd --compile"])
 def test_recorded_losses(flags, toy_faces, tmp_path):
@@ -87,7 +92,8 @@ def test_recorded_losses(flags, toy_faces, tmp_path):
     argv = [f"--dataroot={toy_faces}", *TINY, *flags.split(), "--cuda", "--niter=4"]
     logs = {}
     for graph in ("--graph", "--no-graph"):
-        program = run(tmp_path, *argv, graph, f"--outf={tmp_path / graph}")
+        outf = f"--outf={tmp_path / graph}"
+        program = run(tmp_path, *argv, graph, outf, change=keep_on_disk)
         assert program.wait() == 0 and "is not recorded" not in program.err, program.err
         logs[graph] = rows(tmp_path / graph)
     for one, other in zip(*logs.values(), strict=True):
