@@ -609,7 +609,8 @@ class Recorded:
         """Records the step, which does not run it; `graph` stays None if that fails."""
         self.inputs = [tensor.clone() for tensor in inputs]
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        seed = torch.cuda.initial_seed()
+        generator = torch.cuda.default_generators[stream.device.index]
+        seed = generator.initial_seed()
         try:
             # Thread-local: meanwhile, the thread of `batches` may ask for pinned memory.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
@@ -619,7 +620,6 @@ class Recorded:
             # The error is that of ending the recording, and its context says why it failed. It
             # leaves behind its stream and a generator that counts for the graph.
             torch.cuda.set_stream(stream)
-            generator = torch.cuda.default_generators[stream.device.index]
             generator.graphsafe_set_state(torch.Generator(stream.device).graphsafe_get_state())
             generator.manual_seed(seed)
             reason = str(error.__context__ or error).splitlines()[0]

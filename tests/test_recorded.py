@@ -3,7 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, call
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def streams(monkeypatch):
     streams = [MagicMock(), MagicMock(), None]
 
     @contextmanager
-    def use(stream: object) -> Iterator[None]:
+    def use(stream: object, **_: object) -> Iterator[None]:
         streams[-1] = stream
         try:
             yield
@@ -78,6 +78,8 @@ def test_recorded_schedule(works, streams, capfd):
     assert streams[1].wait_stream.call_count == streams[0].wait_stream.call_count == 3
     told = "main.py: the step is not recorded as a CUDA graph, and so it is slower: not permitted\n"
     assert capfd.readouterr().err == ("" if works else told)
+    generator = torch.cuda.default_generators[0]
+    assert generator.manual_seed.mock_calls == [call(generator.initial_seed())] * (not works)
 
 
 def keep_on_disk() -> None:
