@@ -114,14 +114,14 @@ def test_get_parser_help(capsys):
 
 OTHERS = {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "rdzv_id"}  # of torchrun
 OTHERS |= {
-    "zip",
-    "rounds",
-    "only",
-    "steps",
     "check",
-    "quiet",
     "disable-pip-version-check",
+    "only",
+    "quiet",
+    "rounds",
+    "steps",
     "version",
+    "zip",
 }
 OTHERS |= {"img_norm"}  # of WAE-PyTorch
 
