@@ -113,17 +113,8 @@ def test_get_parser_help(capsys):
 
 
 OTHERS = {"nnodes", "nproc_per_node", "rdzv_backend", "rdzv_endpoint", "rdzv_id"}  # of torchrun
-OTHERS |= {
-    "check",
-    "disable-pip-version-check",
-    "only",
-    "quiet",
-    "rounds",
-    "steps",
-    "version",
-    "zip",
-}
-OTHERS |= {"img_norm"}  # of WAE-PyTorch
+OTHERS |= {"check", "disable-pip-version-check", "only", "quiet", "rounds", "steps", "version"}
+OTHERS |= {"zip", "img_norm"}  # the last is of WAE-PyTorch
 
 
 @pytest.mark.parametrize("page", ["README.md", "figs/README.md", "run.sh"])
