@@ -16,13 +16,15 @@ Shapes in comments: N images in a batch, C channels, S pixels a side, nz latent 
 
 import math
 from collections.abc import Callable
+from functools import cache
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 IMAGE_SIZES = (32, 64, 128, 256)
 
@@ -32,11 +34,11 @@ IMQ_SCALES = (0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 # Standard deviation of the pixel noise of --noise=add_noise, for pixels in [-1, 1].
 PIXEL_NOISE = 0.01
 
-# Codes, and as many prior samples, that the median heuristic looks at.
-BANDWIDTH_SAMPLE = 1024
-
-# Kernel matrices with more entries are computed in blocks of rows.
+# A kernel matrix with more entries is computed in blocks of rows; on a GPU, four times as many.
 BLOCK_ENTRIES = 2**20
+
+# Codes that a mixture is fitted to, at most.
+MIXTURE_CODES = 20_000
 
 
 # --------------------------------------------------------------------------------------------------
@@ -50,7 +52,7 @@ def stage_widths(size: int, nf: int) -> list[int]:
 
 
 class Encoder(nn.Module):
-    """The moments of Q(Z|X), for images.
+    """Q(Z|X): images in [0, 1] to a mean and, if it is Gaussian, a variance of their codes.
 
     Args:
         size: S, one of `IMAGE_SIZES`.
@@ -61,20 +63,19 @@ class Encoder(nn.Module):
             the 5x5 ones of the paper's appendix. Both halve the image down to 4x4.
         noise: the randomness of Q(Z|X). `deterministic` has none. `add_noise` adds Gaussian noise
             to the pixels while training. `gaussian` has a variance for each image and dimension.
-        symmetric: whether pixels are in [-1, 1] or in [0, 1].
+        symmetric: whether the layers see pixels in [-1, 1] and not in [0, 1].
     """
 
     def __init__(
         self, size: int, channels: int, nz: int, nf: int, arch: str, noise: str, symmetric: bool
     ):
         super().__init__()
-        self.noise = noise
-        self.pixel_noise = PIXEL_NOISE if symmetric else PIXEL_NOISE / 2
+        self.noise, self.symmetric = noise, symmetric
         kernel, padding = (4, 1) if arch == "dcgan" else (5, 2)
         widths = stage_widths(size, nf)
         layers: list[nn.Module] = []
         for n_in, n_out in pairwise([channels, *widths]):
-            # No bias: the batch norm that follows would subtract it again.
+            # A bias would be of no use: the batch norm that follows subtracts it again.
             layers += [nn.Conv2d(n_in, n_out, kernel, 2, padding, bias=False)]
             layers += [nn.BatchNorm2d(n_out), nn.ReLU(inplace=True)]
         n_features = widths[-1] * 4 * 4
@@ -85,20 +86,22 @@ class Encoder(nn.Module):
             layers += [nn.Conv2d(n_features, n_features, 4, bias=False)]
             layers += [nn.BatchNorm2d(n_features), nn.ReLU(inplace=True)]
         self.features = nn.Sequential(*layers, nn.Flatten())
-        self.moments = nn.Linear(n_features, 2 * nz if noise == "gaussian" else nz)
+        self.posterior = nn.Linear(n_features, 2 * nz if noise == "gaussian" else nz)
         self.apply(init_weights)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Images (N, C, S, S) to mean and log variance, (N, nz) each.
+        """Images (N, C, S, S) in [0, 1] to mean and log variance, (N, nz) each.
 
         The log variance is None for an encoder that is not Gaussian.
         """
+        if self.symmetric:
+            x = 2 * x - 1
         if self.noise == "add_noise" and self.training:
-            # Drawn in the memory order of channels-last images, which is 7 times faster on a CPU.
+            # Drawn in the memory order of channels-last images, it is 7 times faster on a CPU.
             noise = torch.randn_like(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-            x = x + self.pixel_noise * noise
-        # To float32 before noise is added: bfloat16 would round small noise away.
-        moments = self.moments(self.features(x)).float()
+            x = x + (PIXEL_NOISE if self.symmetric else PIXEL_NOISE / 2) * noise
+        # The moments are float32 before noise is added: bfloat16 would round small noise away.
+        moments = self.posterior(self.features(x)).float()
         if self.noise != "gaussian":
             return moments, None
         mean, log_variance = moments.chunk(2, dim=1)
@@ -106,7 +109,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """G: codes to images, in [0, 1] by a sigmoid or, if `symmetric`, in [-1, 1] by a tanh.
+    """G: codes to images in [0, 1], by a sigmoid or, if `symmetric`, by a tanh.
 
     Args as for `Encoder`. `dcgan` starts from 4x4 and doubles by 4x4 transposed convolutions up to
     the image. `paper` starts from 8x8, doubles by 5x5 ones and ends with one of stride 1.
@@ -114,6 +117,7 @@ class Decoder(nn.Module):
 
     def __init__(self, size: int, channels: int, nz: int, nf: int, arch: str, symmetric: bool):
         super().__init__()
+        self.symmetric = symmetric
         widths = stage_widths(size, nf)[::-1]
         if arch == "dcgan":
             side, kernel = 4, {"kernel_size": 4, "stride": 2, "padding": 1}
@@ -130,25 +134,69 @@ class Decoder(nn.Module):
         self.apply(init_weights)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Codes (N, nz) to images (N, C, S, S)."""
-        return self.layers(z)
+        """Codes (N, nz) to images (N, C, S, S) in [0, 1]."""
+        y = self.layers(z).float()
+        return y / 2 + 0.5 if self.symmetric else y
 
 
 class AutoEncoder(nn.Module):
-    """Encoder and decoder, which train together. Args as for `Encoder`."""
+    """An encoder, a decoder, and the prior of the codes between them. Images are in [0, 1].
+
+    Args as for `Encoder`, and
+        pz_scale: standard deviation of the prior.
+        amp: whether encoder and decoder compute in bfloat16. Weights, codes and images are float32.
+    """
 
     def __init__(
-        self, size: int, channels: int, nz: int, nf: int, arch: str, noise: str, symmetric: bool
+        self,
+        size: int,
+        channels: int,
+        nz: int,
+        nf: int,
+        arch: str,
+        noise: str,
+        symmetric: bool,
+        pz_scale: float,
+        amp: bool = False,
     ):
         super().__init__()
+        self.nz, self.pz_scale, self.amp = nz, pz_scale, amp
         self.encoder = Encoder(size, channels, nz, nf, arch, noise, symmetric)
         self.decoder = Decoder(size, channels, nz, nf, arch, symmetric)
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.encoder.posterior.weight.device
+
+    def autocast(self) -> torch.autocast:
+        """The context in which encoder and decoder run."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
+
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Images (N, C, S, S) to reconstructions, codes, and the moments of Q(Z|x)."""
-        mean, log_variance = self.encoder(x)
-        code = draw_code(mean, log_variance)
-        return self.decoder(code).float(), code, mean, log_variance
+        """Images (N, C, S, S) to reconstructions, codes, and mean and log variance of Q(Z|x)."""
+        with self.autocast():
+            mean, log_variance = self.encoder(x)
+            code = draw_code(mean, log_variance)
+            return self.decoder(code), code, mean, log_variance
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Images (N, C, S, S) to codes (N, nz)."""
+        with self.autocast():
+            return draw_code(*self.encoder(x))
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Codes (N, nz) to images (N, C, S, S)."""
+        with self.autocast():
+            return self.decoder(z)
+
+    def sample_prior(self, n: int) -> Tensor:
+        """n samples of the prior, (n, nz)."""
+        return sample_prior(n, self.nz, self.pz_scale, self.device)
+
+    def sample(self, n: int) -> Tensor:
+        """n images (n, C, S, S) of samples of the prior."""
+        return self.decode(self.sample_prior(n))
 
 
 class Discriminator(nn.Module):
@@ -207,15 +255,15 @@ def prior_log_density(z: Tensor, pz_scale: float) -> Tensor:
 # Reconstruction cost
 
 
-def reconstruction_cost(x: Tensor, y: Tensor, cost: str, symmetric: bool = False) -> Tensor:
-    """c(x, y), summed over the pixels of an image and averaged over the batch; a scalar.
+def reconstruction_cost(x: Tensor, y: Tensor, cost: str) -> Tensor:
+    """c(x, y) of images in [0, 1], summed over pixels and averaged over the batch; a scalar.
 
-    `l2sq` is 0.05 |x - y|^2, `l2` is 0.2 |x - y| and `l1` is 0.02 |x - y|_1: the official weights.
-    Pixels count on the [-1, 1] scale even if the networks work in [0, 1] (`symmetric` false), so
-    that LAMBDA means the same in both. It is a sum over pixels and channels: at another image size,
-    or in grey, another LAMBDA balances it.
+    `l2sq` is 0.05 |x - y|^2, `l2` is 0.2 |x - y| and `l1` is 0.02 |x - y|_1: the official weights,
+    for pixels in [-1, 1]. So differences count double here, and LAMBDA means the same whatever the
+    networks work in. It is a sum over pixels and channels: at another image size, or in grey,
+    another LAMBDA balances it.
     """
-    difference = (x - y).flatten(1) * (1 if symmetric else 2)  # (N, C S S)
+    difference = 2 * (x - y).flatten(1)  # (N, C S S)
     if cost == "l2sq":
         return 0.05 * difference.square().sum(1).mean()
     if cost == "l2":
@@ -242,61 +290,100 @@ def shrink(z: Tensor, pz_scale: float) -> Tensor:
     return z * (2 / (1 + length2)).sqrt()
 
 
-class Kernel(NamedTuple):
-    """The kernel of an MMD, for points of nz dimensions at squared distances d2.
+class Kernel:
+    """The kernel of an MMD, and its expectations over the prior P_Z = N(0, v I), v = pz_scale^2.
+
+    Both kernels are mixtures of Gaussians in the distance, k = sum_l w_l exp(-s_l d^2): `RBF` is
+    exp(-d^2 / (2 C)), a single one; `IMQ`, the sum over scales of C / (C + d^2), is the integral of
+    exp(-t) exp(-t d^2 / C) over t > 0. Here C = 2 nz v, the expected squared distance of two prior
+    samples (section 4 of the paper), times the scale. So their expectations have closed forms:
+
+        E exp(-s |q - p|^2) = (1 + 2 s v)^(-nz/2) exp(-s |q|^2 / (1 + 2 s v))
+        E exp(-s |p - p'|^2) = (1 + 4 s v)^(-nz/2)
+
+    For the quadratic kernel, E[p' p'^T] = m I by symmetry, so E (q'.p')^2 = m |q'|^2 and
+    E (p'.p'')^2 = nz m^2, where m = 2 v (1 - E[1 / (1 + |p|^2 / (nz v))]).
 
     Args:
-        name: `IMQ` is the sum over scales s of C / (C + d2), where C = 2 nz pz_scale^2 s, and
-            2 nz pz_scale^2 is the expected squared distance of two samples of the prior (section 4
-            of the paper). `RBF` is exp(-d2 / (2 variance)).
+        nz: latent dimensions.
         pz_scale: standard deviation of the prior.
-        scales: of IMQ.
-        quadratic: weight of a kernel (a'.b')^2 / (nz pz_scale^4) that is added, ' being `shrink`.
-            Its MMD^2 compares the second moments E[z' z'^T], and so it sees each direction of the
+        name: `IMQ` or `RBF`.
+        scales: of IMQ, which is summed over them.
+        quadratic: weight of a kernel (a'.b')^2 / (nz v^2) that is added, ' being `shrink`. Its
+            MMD^2 compares the second moments E[z' z'^T], and so it sees each direction of the
             codes; in many dimensions the others see little but the mean of the distances. Without
             shrinking, a few long codes can make training diverge.
+        device: of the points.
     """
 
-    name: str = "IMQ"
-    pz_scale: float = 1.0
-    scales: tuple[float, ...] = IMQ_SCALES
-    quadratic: float = 0.0
+    def __init__(
+        self,
+        nz: int,
+        pz_scale: float = 1.0,
+        name: str = "IMQ",
+        scales: tuple[float, ...] = IMQ_SCALES,
+        quadratic: float = 0.0,
+        device: torch.device | str = "cpu",
+    ):
+        self.name, self.pz_scale, v = name, pz_scale, pz_scale**2
+        self.bases = [2 * nz * v * scale for scale in (scales if name == "IMQ" else (1.0,))]
+        self.base_column = torch.tensor(self.bases, device=device)[:, None, None]
+        self.quadratic = quadratic / (nz * v**2)
 
-    def matrix(self, a: Tensor, b: Tensor, variance: Tensor | float) -> Tensor:
-        """k(a_i, b_j) for points (N, nz) and (M, nz), as (N, M). `variance` is that of RBF."""
-        nz, prior_variance = a.shape[1], self.pz_scale**2
+        # The trapezoidal rule in log t, exact here to some seven digits. Its weights are float64:
+        # the expectations are sums of many terms, and small differences of them count.
+        u = torch.linspace(-16, 4, 64, dtype=torch.float64)
+        t, weights = u.exp(), torch.exp(u - u.exp())
+        weights = weights / weights.sum()
+        if name == "IMQ":
+            w = weights.repeat(len(self.bases))
+            s = torch.cat([t / base for base in self.bases])
+        else:
+            w = torch.ones(1, dtype=torch.float64)
+            s = torch.full_like(w, 1 / (2 * self.bases[0]))
+        shrunk = 1 + 2 * s * v
+        self.rates = (s / shrunk).float().to(device)  # of |q|^2, in E k(q, p)
+        self.factors = (w * shrunk ** (-nz / 2)).float().to(device)
+        m = 2 * v * (1 - (weights * (1 + 2 * t / nz) ** (-nz / 2)).sum().item())
+        self.quadratic_with_prior = self.quadratic * m
+        of_prior = (w * (1 + 4 * s * v) ** (-nz / 2)).sum().item()
+        self.of_prior = of_prior + self.quadratic * nz * m**2  # E k(p, p')
+
+    def matrix(self, a: Tensor, b: Tensor) -> Tensor:
+        """k(a_i, b_j) for points (N, nz) and (M, nz), as (N, M)."""
         d2 = squared_distances(a, b)
         if self.name == "RBF":
-            values = torch.exp(-d2 / (2 * variance))
+            values = torch.exp(-d2 / (2 * self.bases[0]))
+        elif d2.is_cuda:  # a GPU waits for launches, a CPU for memory
+            values = (self.base_column / (self.base_column + d2)).sum(0)
         else:
-            bases = [2 * nz * prior_variance * scale for scale in self.scales]
-            values = sum(base / (base + d2) for base in bases)
+            values = sum(base / (base + d2) for base in self.bases)
         if self.quadratic:
             products = shrink(a, self.pz_scale) @ shrink(b, self.pz_scale).T
-            values = values + self.quadratic / (nz * prior_variance**2) * products.square()
+            values = values + self.quadratic * products.square()
+        return values
+
+    def with_prior(self, q: Tensor) -> Tensor:
+        """E k(q_i, p) over the prior for points (N, nz), as (N,)."""
+        values = torch.exp(-q.square().sum(1, keepdim=True) * self.rates) @ self.factors
+        if self.quadratic:
+            lengths2 = shrink(q, self.pz_scale).square().sum(1)
+            values = values + self.quadratic_with_prior * lengths2
         return values
 
 
 def sum_of_blocks(statistic: Callable[[Tensor, int, int], Tensor], codes: Tensor) -> Tensor:
     """statistic(codes, 0, N) of codes (N, nz), from blocks of rows when N^2 is large.
 
-    statistic(points, first, rows) is what rows first, first + 1, ... of the kernel matrix add. It
-    takes the codes as an argument, and not from around it, because each block is differentiated
-    by itself, before the next is computed: memory grows with N and not with N^2.
+    statistic(codes, first, rows) is what rows first, first + 1, ... of the kernel matrix add. A
+    block is computed again for its gradient, so memory grows with N and not with N^2.
     """
     n = len(codes)
-    if n * n <= BLOCK_ENTRIES:
+    rows = max(1, BLOCK_ENTRIES * (4 if codes.is_cuda else 1) // n)
+    if rows >= n:
         return statistic(codes, 0, n)
-    rows = max(1, BLOCK_ENTRIES // n)
-    points, gradient, value = codes.detach().requires_grad_(), torch.zeros_like(codes), 0
-    for first in range(0, n, rows):
-        block = statistic(points, first, rows)
-        if torch.is_grad_enabled():
-            # Now, and not by autograd later, so that nothing of the block stays in memory.
-            gradient += torch.autograd.grad(block, points)[0]
-        value = value + block.detach()
-    # The second term is 0, and has the gradient.
-    return value + (gradient * (codes - codes.detach())).sum()
+    again = {"use_reentrant": False, "preserve_rng_state": False}
+    return sum(checkpoint(statistic, codes, first, rows, **again) for first in range(0, n, rows))
 
 
 def exact_mmd(codes: Tensor, kernel: Kernel) -> Tensor:
@@ -306,63 +393,20 @@ def exact_mmd(codes: Tensor, kernel: Kernel) -> Tensor:
 
         sum_{i != j} k(q_i, q_j) / (N (N - 1))  -  2 sum_i E k(q_i, p) / N  +  E k(p, p')
 
-    Both kernels are mixtures of Gaussians in the distance, k = sum_l w_l exp(-s_l d^2): the RBF
-    kernel of one (its variance is 2 nz pz_scale^2, the squared distance of two prior samples), IMQ
-    of many, since C / (C + d^2) is the integral of exp(-t) exp(-t d^2 / C) over t > 0. With the
-    prior's variance v,
-
-        E exp(-s |q - p|^2) = (1 + 2 s v)^(-nz/2) exp(-s |q|^2 / (1 + 2 s v))
-        E exp(-s |p - p'|^2) = (1 + 4 s v)^(-nz/2)
-
-    For the quadratic kernel, E[p' p'^T] = m I by symmetry, so E (q'.p')^2 = m |q'|^2 and
-    E (p'.p'')^2 = nz m^2, where m = 2 v (1 - E[1 / (1 + |p|^2 / (nz v))]).
-
     Raises:
         ValueError: fewer than two codes.
     """
-    n, nz = codes.shape
+    n = len(codes)
     if n < 2:
         raise ValueError("an MMD needs two codes or more")
-    v = kernel.pz_scale**2
-    # The trapezoidal rule in log t, exact here to some seven digits. In float64: the constants are
-    # sums of many terms, and small differences of them count.
-    u = torch.linspace(-16, 4, 64, dtype=torch.float64, device=codes.device)
-    t, weights = u.exp(), torch.exp(u - u.exp())
-    weights = weights / weights.sum()
-    if kernel.name == "RBF":
-        w, s = torch.ones_like(u[:1]), torch.full_like(u[:1], 1 / (4 * nz * v))
-    else:
-        w = weights.repeat(len(kernel.scales))
-        s = torch.cat([t / (2 * nz * v * scale) for scale in kernel.scales])
-    shrunk = 1 + 2 * s * v
-    lengths2 = codes.square().sum(1, keepdim=True)  # (N, 1)
-    with_prior = torch.exp(-lengths2 * (s / shrunk).to(codes)) @ (w * shrunk ** (-nz / 2)).to(codes)
-    of_prior = (w * (1 + 4 * s * v) ** (-nz / 2)).sum()
-    if kernel.quadratic:
-        m = 2 * v * (1 - (weights * (1 + 2 * t / nz) ** (-nz / 2)).sum())
-        scale = kernel.quadratic / (nz * v**2)
-        lengths2 = shrink(codes, kernel.pz_scale).square().sum(1)
-        with_prior = with_prior + (scale * m).to(codes) * lengths2
-        of_prior = of_prior + scale * nz * m**2
 
     def statistic(points: Tensor, first: int, rows: int) -> Tensor:
-        same = kernel.matrix(points[first : first + rows], points, 2 * nz * v)
+        same = kernel.matrix(points[first : first + rows], points)
         return (same.sum(dtype=torch.float64) - same.diagonal(first).sum()) / (n * (n - 1))
 
+    across = kernel.with_prior(codes).double().mean()
     within = sum_of_blocks(statistic, codes)
-    return (within - 2 * with_prior.double().mean() + of_prior).to(codes)
-
-
-@torch.no_grad()
-def median_bandwidth(codes: Tensor, prior: Tensor) -> Tensor:
-    """The RBF variance: the median squared distance of the pooled points; a scalar, no gradient.
-
-    Looks at the first `BANDWIDTH_SAMPLE` codes and prior samples, which bounds its cost.
-    """
-    points = torch.cat([codes[:BANDWIDTH_SAMPLE], prior[:BANDWIDTH_SAMPLE]])
-    i, j = torch.triu_indices(len(points), len(points), offset=1, device=points.device)
-    # Clamped, so that points that are all equal give a kernel of ones and not 0 / 0.
-    return squared_distances(points, points)[i, j].median().clamp(min=1e-12)
+    return (within - 2 * across + kernel.of_prior).to(codes.dtype)
 
 
 def sampled_mmd(codes: Tensor, kernel: Kernel, prior: Tensor) -> Tensor:
@@ -378,17 +422,16 @@ def sampled_mmd(codes: Tensor, kernel: Kernel, prior: Tensor) -> Tensor:
     Raises:
         ValueError: fewer than two codes, or not as many prior samples as codes.
     """
-    n, _ = codes.shape
+    n = len(codes)
     if n < 2 or prior.shape != codes.shape:
         shapes = f"codes {tuple(codes.shape)}, prior {tuple(prior.shape)}"
         raise ValueError(f"{shapes}: must agree, with two rows or more")
-    variance = median_bandwidth(codes, prior) if kernel.name == "RBF" else 0.0
 
     def statistic(points: Tensor, first: int, rows: int) -> Tensor:
         q, p = points[first : first + rows], prior[first : first + rows]
-        same = kernel.matrix(q, points, variance) + kernel.matrix(p, prior, variance)
+        same = kernel.matrix(q, points) + kernel.matrix(p, prior)
         within = (same.sum() - same.diagonal(first).sum()) / (n * (n - 1))
-        return within - 2 * kernel.matrix(q, prior, variance).sum() / n**2
+        return within - 2 * kernel.matrix(q, prior).sum() / n**2
 
     return sum_of_blocks(statistic, codes)
 
@@ -405,10 +448,10 @@ def discriminator_loss(logits_prior: Tensor, logits_codes: Tensor) -> Tensor:
 def gan_penalty(discriminator: nn.Module, codes: Tensor) -> Tensor:
     """-mean log D(z~) of codes (N, nz), the non-saturating loss of Algorithm 1; a scalar.
 
-    It leaves a gradient on the discriminator's weights, too, which is set to zero before the
-    discriminator's next step.
+    The discriminator's weights are constants here: only the codes get a gradient.
     """
-    return F.softplus(-discriminator(codes)).mean()
+    weights = {name: weight.detach() for name, weight in discriminator.named_parameters()}
+    return F.softplus(-functional_call(discriminator, weights, (codes,))).mean()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -453,7 +496,7 @@ def pretrain_floor(n: int, nz: int, pz_scale: float = 1.0) -> float:
 
 
 # --------------------------------------------------------------------------------------------------
-# Evaluation: the aggregated posterior, densities fitted to it, sharpness, Frechet distances
+# Evaluation: the aggregated posterior, a mixture fitted to it, sharpness
 
 
 def covariance_eigenvalues(codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -463,70 +506,34 @@ def covariance_eigenvalues(codes: Tensor) -> tuple[Tensor, Tensor]:
     return values.clamp(min=0), vectors
 
 
-def frechet_distance(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> Tensor:
-    """Squared 2-Wasserstein distance between two Gaussians of means (d,), covariances (d, d).
-
-    |a - b|^2 + tr(A + B - 2 (A^1/2 B A^1/2)^1/2), in the precision of the arguments; a scalar.
-    """
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross
-
-
 def gaussian_w2(codes: Tensor, pz_scale: float = 1.0) -> Tensor:
     """Squared 2-Wasserstein distance to the prior of the Gaussian with the moments of the codes.
 
-    It sees directions that the codes do not use; an MMD hardly does. The distance of the moments of
-    N codes is too large by tr(C) / N for the mean, C being their covariance, and by
-    pz_scale / (2 (N - 1)) sum_ij (1 + [i = j]) s_i s_j / (s_i + s_j) for the trace of C^1/2 with
-    eigenvalues s. Less these, it is 0 on average for samples of the prior.
+    It sees directions that the codes (N, nz) do not use; an MMD hardly does. Of N samples of the
+    prior it is too large, the more so the fewer they are: `prior_scores` says by how much.
     """
-    n, nz = codes.shape
-    codes = codes.double()
-    mean, covariance = codes.mean(0), codes.T.cov().reshape(nz, nz)
-    prior = pz_scale**2 * torch.eye(nz).to(codes)
-    distance = frechet_distance(mean, covariance, torch.zeros_like(mean), prior)
-    s = torch.linalg.eigvalsh(covariance).clamp(min=0).sqrt()
-    pairs = s[:, None] * s / (s[:, None] + s).clamp(min=1e-12)
-    in_root = (pairs.sum() + pairs.diagonal().sum()) / (4 * (n - 1))
-    return distance - covariance.trace() / n - 2 * pz_scale * in_root
+    deviations = covariance_eigenvalues(codes)[0].sqrt()
+    mean = codes.double().mean(0)
+    return mean.square().sum() + (deviations - pz_scale).square().sum()
 
 
-def prior_metrics(
-    n: int, nz: int, pz_scale: float, device: torch.device | str = "cpu", sets: int = 20
-) -> dict[str, float]:
-    """What n samples of the prior score: the spread of `gaussian_w2`, the extreme eigenvalues.
+@cache
+def prior_scores(n: int, nz: int, pz_scale: float, sets: int = 20) -> dict[str, float]:
+    """What n samples of the prior score: `gaussian_w2`, its spread, and extreme eigenvalues.
 
-    From `sets` times n samples of the global generator. A figure of n codes in this range cannot be
-    told from one of the prior.
+    These are averages of `sets` draws, always the same ones. A figure of n codes that is near them
+    cannot be told from one of the prior.
     """
-    samples = [sample_prior(n, nz, pz_scale, device) for _ in range(sets)]
-    w2 = torch.stack([gaussian_w2(z, pz_scale) for z in samples])
-    eigenvalues = torch.stack([covariance_eigenvalues(z)[0] for z in samples]).mean(0)
+    generator = torch.Generator().manual_seed(0)
+    draws = [pz_scale * torch.randn(n, nz, generator=generator) for _ in range(sets)]
+    w2 = torch.stack([gaussian_w2(z, pz_scale) for z in draws])
+    eigenvalues = torch.stack([covariance_eigenvalues(z)[0] for z in draws]).mean(0)
     return {
-        "test_w2_std_of_prior": w2.std().item(),
-        "eigenvalue_min_of_prior": eigenvalues[0].item(),
-        "eigenvalue_max_of_prior": eigenvalues[-1].item(),
+        "w2": w2.mean().item(),
+        "w2_std": w2.std().item(),
+        "eigenvalue_min": eigenvalues[0].item(),
+        "eigenvalue_max": eigenvalues[-1].item(),
     }
-
-
-class Moments:
-    """Mean (d,) and covariance (d, d) of rows that come in batches (n, d), in float64."""
-
-    def __init__(self) -> None:
-        self.n, self.sum, self.products = 0, 0, 0
-
-    def add(self, rows: Tensor) -> None:
-        """Takes in a batch."""
-        rows = rows.double()
-        self.n, self.sum = self.n + len(rows), self.sum + rows.sum(0)
-        self.products = self.products + rows.T @ rows
-
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Mean and covariance (unbiased; of two rows or more)."""
-        mean = self.sum / self.n
-        return mean, (self.products - self.n * torch.outer(mean, mean)) / max(1, self.n - 1)
 
 
 def sharpness(images: Tensor) -> Tensor:
@@ -568,38 +575,43 @@ def spread_points(codes: Tensor, k: int) -> Tensor:
     return chosen
 
 
-def fit_mixture(codes: Tensor, components: int, iterations: int = 100) -> dict[str, Tensor]:
+def fit_mixture(
+    codes: Tensor, pz_scale: float = 1.0, components: int = 10, iterations: int = 100
+) -> dict[str, Tensor]:
     """The arguments of a `mixture` of Gaussians fitted to codes (N, nz) by EM, in float64.
 
-    One component is the Gaussian with the moments of the codes. Samples of such a density, decoded,
-    are the ex-post density estimation of Ghosh et al., ICLR 2020. The eigenvalues of each
-    covariance are at least 1e-6 of the largest one of all codes, so that codes that fill only some
-    directions can be fitted.
+    Samples of it, decoded, are the ex-post density estimation of Ghosh et al., ICLR 2020. A
+    component of few codes has too few for a covariance of its own. So each covariance starts from
+    2 nz pseudo-codes with the covariance of all codes, and that one from nz samples of the prior.
+    Of many codes, the first `MIXTURE_CODES` are fitted.
     """
-    codes = codes.double()
+    codes = codes[:MIXTURE_CODES].double()
     n, nz = codes.shape
     components = min(components, n)
-    covariance = codes.T.cov(correction=0).reshape(nz, nz)
-    largest = torch.linalg.eigvalsh(covariance)[-1].clamp(min=1e-6)
-    jitter = 1e-6 * largest * torch.eye(nz).to(codes)
+    of_prior = pz_scale**2 * torch.eye(nz).to(codes)
+    of_all = (n * codes.T.cov(correction=0).reshape(nz, nz) + nz * of_prior) / (n + nz)
 
     weights = torch.full((components,), 1 / components).to(codes)
     means = spread_points(codes, components)
-    covariances = (covariance + jitter).expand(components, nz, nz)
+    covariances = of_all.expand(components, nz, nz)
     likelihood = -math.inf
-    for _ in range(iterations if components > 1 else 1):
+    for _ in range(iterations):
         # E step: the responsibility of each component for each code.
         gaussians = [MultivariateNormal(m, c) for m, c in zip(means, covariances, strict=True)]
         log_p = torch.stack([g.log_prob(codes) for g in gaussians], 1) + weights.log()
         responsibility = log_p.softmax(1)  # (N, components)
         # M step: the moments of the codes under these weights.
         mass = responsibility.sum(0).clamp(min=1e-12)
-        weights, means = mass / n, responsibility.T @ codes / mass[:, None]
-        covariances = []
-        for r, m, s in zip(responsibility.T, means, mass, strict=True):
+        weights = mass / n
+        means = responsibility.T @ codes / mass[:, None]
+        products = []
+        for r, m in zip(responsibility.T, means, strict=True):
             centred = codes - m
-            covariances.append((r[:, None] * centred).T @ centred / s + jitter)
-        previous, likelihood = likelihood, log_p.logsumexp(1).mean().item()
+            products.append((r[:, None] * centred).T @ centred)
+        covariances = torch.stack(products) + 2 * nz * of_all
+        covariances = covariances / (mass + 2 * nz)[:, None, None]
+        previous = likelihood
+        likelihood = log_p.logsumexp(1).mean().item()
         if likelihood - previous < 1e-3:
             break
-    return {"weights": weights, "means": means, "covariances": torch.stack(covariances)}
+    return {"weights": weights, "means": means, "covariances": covariances}

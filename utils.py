@@ -3,24 +3,23 @@
 Nothing here knows what an auto-encoder is. `main.py` puts these functions together with `model.py`.
 """
 
-import contextlib
 import csv
 import hashlib
 import io
 import json
-import math
 import os
 import re
-import shutil
 import signal
+import stat
 import sys
 import threading
 import time
 import warnings
-import zlib
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TextIO
@@ -33,9 +32,8 @@ except ImportError:
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -47,15 +45,26 @@ CELEBA_TEST_IMAGES = 19_962  # the official test partition, the last images by n
 # Endings of the image files that are read.
 ENDINGS = (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 ENDINGS += (".ppm", ".pgm", ".pbm", ".tga", ".jp2", ".avif")
+NOBODYS = ("Thumbs.db", "desktop.ini")  # files that Windows leaves in folders of images
 
-# No trained weight comes near this; beyond it a run has diverged.
-LARGEST_WEIGHT = 1e6
+# Folders that are half of a split, or beside the images.
+SPLITS = {"train", "training", "test", "testing", "test_set", "val", "valid", "validation"}
+MASKS = {"mask", "masks", "ground_truth", "groundtruth", "labels", "annotations"}
+
+# Pillow's limits are for files of strangers. Scans are large, and Photoshop writes long texts.
+Image.MAX_IMAGE_PIXELS = None
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY = 2**30
+warnings.filterwarnings("ignore", module="PIL")
 
 
 class UserError(Exception):
     """An error that the user can fix: one line, exit status 1. Any function here may raise it."""
 
     status = 1
+
+
+class WriteError(UserError):
+    """A file cannot be written."""
 
 
 class UsageError(UserError):
@@ -68,16 +77,16 @@ class UsageError(UserError):
 # Files
 
 
-@contextlib.contextmanager
+@contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raises UserError, which names `path`, where the block cannot write."""
+    """Raises WriteError, which names `path`, where the block cannot write."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+        raise WriteError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-@contextlib.contextmanager
+@contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file that replaces `path` when the block ends: whole and flushed, or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
@@ -92,33 +101,25 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
-def make_folder(path: Path) -> Path:
-    """Creates the folder, and its parents, where missing. Raises UserError if that cannot be."""
-    with writing(path):
-        path.mkdir(parents=True, exist_ok=True)
-    return path
-
-
-def lock(path: Path, wait: bool) -> TextIO:
-    """Locks a file until it is closed or the process ends, however it ends.
+def lock(folder: Path, wait: bool = False) -> TextIO:
+    """Makes a folder, and locks it until the result is closed or the process ends, however it ends.
 
     Where another process has the lock, it waits or, without `wait`, raises UserError.
     """
+    path = folder / ".lock"
     with writing(path):
-        file = open(path, "a+", errors="replace")  # noqa: SIM115
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a")  # noqa: SIM115
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        file.seek(0)
-        owner = f"{path.parent} is in use by process {file.read().strip()}"
+        owner = f"{folder} is in use by another process"
         if not wait:
             raise UserError(f"{owner}: wait for it, or choose another folder") from None
         warn(f"{owner}: waiting for it")
         fcntl.lockf(file, fcntl.LOCK_EX)
     except OSError:
-        return file  # some network file systems have no locks
-    file.truncate(0)
-    print(os.getpid(), file=file, flush=True)
+        pass  # Some network file systems have no locks.
     return file
 
 
@@ -140,249 +141,261 @@ def write_csv(path: Path, columns: Sequence[str], rows: Iterable[Sequence[Any]])
 # Images: decoded once into one array on disk, which training maps into memory
 
 
-def find_images(dataroot: Path) -> list[tuple[str, int, int]]:
-    """Path in `dataroot`, size and time of change of each image in a folder inside it, by path.
-
-    Hidden files and folders are left out: they belong to other programs.
-    """
-    layout = f"images must lie in a folder inside it, as in {dataroot}/sub_directory/XXX.jpg"
-    if not dataroot.is_dir():
-        raise UserError(f"--dataroot={dataroot}: no such folder; {layout}")
-    files: list[tuple[str, int, int]] = []
-    others: Counter[str] = Counter()
-    seen: dict[tuple[int, int], str] = {}
-
-    def walk(folder: str, prefix: str) -> None:
-        status = os.stat(folder)
-        first = seen.setdefault((status.st_dev, status.st_ino), folder)
-        if first != folder:
-            raise UserError(
-                f"--dataroot={dataroot}: {folder} is {first} again, by a link; remove the link"
-            )
-        try:
-            entries = list(os.scandir(folder))
-        except OSError as error:
-            warn(f"skipped the folder {folder}: {error.strerror}")
-            return
-        for entry in entries:
-            name, ending = prefix + entry.name, os.path.splitext(entry.name)[1].lower()
-            if entry.name.startswith("."):
-                continue
-            if entry.is_dir():
-                walk(entry.path, name + "/")
-            elif prefix and ending in ENDINGS:
-                try:
-                    status = entry.stat()
-                    files.append((name, status.st_size, status.st_mtime_ns))
-                except OSError:  # a link that leads nowhere: decoding will say so
-                    files.append((name, 0, 0))
-            elif prefix:
-                others[ending or "none"] += 1
-
-    walk(str(dataroot), "")
-    found = ", ".join(f"{ending} ({n})" for ending, n in others.most_common(5))
-    left_out = f"files with other endings than {' '.join(ENDINGS)} are left out: {found}"
-    if not files:
-        hint = f"{layout}; {left_out}" if others else layout
-        raise UserError(f"--dataroot={dataroot}: no image in a folder inside it; {hint}")
-    if others:
-        warn(left_out)
-    return sorted(files)
-
-
 def digest(*parts: Any) -> str:
     """Sixteen hexadecimal digits that depend on all parts, for names and comparisons."""
     text = "\n".join(map(str, parts))
     return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
-def open_image(file: BinaryIO, channels: int) -> Image.Image:
-    """An image file, upright, in 8 bits of RGB (3 channels) or grey (1); on white if transparent.
+def find_images(root: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of each image file in a folder and those inside it, by its path.
+
+    Left out are hidden files and folders, and those that start with @ or $, as the thumbnails of a
+    NAS and the bin of Windows do: they belong to other programs. A folder that a link leads to
+    again is read once.
+    """
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder")
+    files: dict[str, tuple[int, int]] = {}
+    seen: set[tuple[int, int]] = set()
+    others: Counter[str] = Counter()
+    skip = lambda error: warn(f"skipped the folder {error.filename}: {error.strerror}")  # noqa: E731
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=skip):
+        place = os.stat(folder)
+        if (place.st_dev, place.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((place.st_dev, place.st_ino))
+        folders[:] = sorted(name for name in folders if name[0] not in ".@$")
+        for name in names:
+            ending = os.path.splitext(name)[1].lower()
+            if name[0] == "." or name in NOBODYS:
+                continue
+            if ending not in ENDINGS:
+                others[ending or "none"] += 1
+                continue
+            with suppress(OSError):  # a link that leads nowhere
+                path = os.path.join(folder, name)
+                status = os.stat(path)
+                if stat.S_ISREG(status.st_mode):  # a pipe would be waited for
+                    name = os.path.relpath(path, root)
+                    files[name] = (status.st_size, status.st_ctime_ns)
+    left_out = ", ".join(f"{ending} ({n})" for ending, n in others.most_common(5))
+    if not files:
+        hint = f"; left out, by their endings: {left_out}" if others else ""
+        raise UserError(f"{root}: no image in it or in a folder inside it{hint}")
+    if others:
+        warn(f"{root}: left out, by their endings: {left_out}; images end in {' '.join(ENDINGS)}")
+    return dict(sorted(files.items()))
+
+
+def read_image(path: Path | str, size: int, crop: int | None, channels: int) -> np.ndarray:
+    """The central `crop` pixels of an image file, or the largest square: uint8 (size, size, C).
+
+    The image is upright, in 8 bits of RGB (3 channels) or grey (1), on white if it is transparent;
+    of several pages or frames it is the first.
 
     Raises:
+        UserError: the crop is larger than the image.
         ValueError: pixels of 32 bits or floating point, whose range only their author knows.
         Exception: whatever Pillow makes of a file that is not a whole image.
     """
-    with Image.open(file) as image:
+    with Image.open(path) as image:
         kind = image.format
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
-        # 16 bits of grey, which Pillow would clip to 8.
+        # Pillow would clip 16 bits of grey to 8.
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError("32-bit pixels, whose range is unknown")
+        raise ValueError("its pixels are signed, of 32 bits or floats, whose range is unknown")
     if image.mode.endswith(("A", "a")) or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB" if channels == 3 else "L")
+    image = image.convert("RGB" if channels == 3 else "L")
 
-
-def central_square(image: Image.Image, size: int, crop: int | None) -> np.ndarray:
-    """The central `crop` pixels of an image, or the largest square: uint8 (size, size, C)."""
     side = crop or min(image.size)
     if min(image.size) < side:
         pixels = " x ".join(map(str, image.size))
         hint = "use another --crop, or --dataset=folder"
-        raise UserError(f"{pixels} pixels, less than the crop of {side} x {side}; {hint}")
+        raise UserError(f"{path}: {pixels} pixels, less than the crop of {side} x {side}; {hint}")
     left, top = ((length - side) // 2 for length in image.size)
     square = image.crop((left, top, left + side, top + side))
-    # Lanczos, as the official implementation; sharpness and FID depend on it.
+    # The official implementation resizes by Lanczos, too; sharpness and FID depend on it.
     pixels = np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
-    return pixels.reshape(size, size, -1)
+    return pixels.reshape(size, size, channels)
 
 
-class Decoded(Dataset):
-    """Decodes image files.
+def read_or_reason(path: Path, **how: Any) -> np.ndarray | str:
+    """The pixels of an image file, or why it is skipped.
 
-    Items are the pixels, or the error; a checksum of the file; and whether the crop is less than
-    half of the image's shorter side.
+    Raises UserError where a disk fails, which says nothing about the file, or for the crop.
     """
-
-    def __init__(self, paths: list[Path], size: int, crop: int | None, channels: int):
-        self.paths, self.size, self.crop, self.channels = paths, size, crop, channels
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray | Exception, int, bool]:
-        path, checksum = self.paths[i], 0
-        try:
-            if not path.is_file():  # a pipe would be waited for
-                raise OSError("not a file")
-            content = path.read_bytes()
-            checksum = zlib.crc32(content)
-            image = open_image(io.BytesIO(content), self.channels)
-            pixels = central_square(image, self.size, self.crop)
-            return pixels, checksum, bool(self.crop) and 2 * self.crop < min(image.size)
-        except UserError as error:
-            return UserError(f"{path}: {error}"), checksum, False
-        except Exception as error:  # Pillow fails on broken files in many ways
-            return ValueError(str(error)), checksum, False
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1000).lower()
+        return read_image(path, **how)
+    except UserError:
+        raise
+    except UnidentifiedImageError:
+        if start.startswith(b"version https://git-lfs"):
+            return "a pointer of Git LFS; `git lfs pull` brings the images"
+        return "a web page" if b"<html" in start else "not an image"
+    except (PermissionError, FileNotFoundError) as error:
+        return error.strerror
+    except Exception as error:  # Pillow fails on broken files in many ways
+        if isinstance(error, OSError) and error.errno:
+            raise UserError(f"{path}: {error.strerror}") from error
+        return str(error)
 
 
-def start_worker(_number: int) -> None:
-    """Prepares a worker: Ctrl-C is the main process's, and Pillow's warnings are silenced."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    warnings.simplefilter("ignore")
-    end_with_parent()  # or it would wait for ever for somebody to take what it has decoded
-
-
-def build_array(target: Path, images: Decoded, names: list[str], workers: int) -> None:
+def build_array(target: Path, paths: list[Path], **how: Any) -> None:
     """Decodes the images into `target`, a file of their pixels alone.
 
-    A .json beside it has the names that are skipped, with the reason, a digest of names and file
-    contents, and how many images are more than twice as large as the crop.
+    A .json beside it has the images that are skipped, by number, with the reason; and for each row
+    of the array whose pixels are also in an earlier row, the first such row.
     """
-    n, free = len(names), shutil.disk_usage(target.parent).free
-    n_bytes = n * images.size**2 * images.channels
-    if n_bytes > free:
-        need = f"{n} decoded images take {n_bytes / 1e9:.1f} GB in {target.parent}"
-        raise UserError(f"{need}, where {free / 1e9:.1f} GB are free; name another --cache_dir")
-    skipped, checksums, too_large = {}, [], 0
-    try:
-        workers = min(workers, math.ceil(n / 64))
-        loader = DataLoader(
-            images, 64, num_workers=workers, collate_fn=list, worker_init_fn=start_worker
-        )
-        batches = iter(loader)  # starts the workers, outside of what names the disk in its errors
-        items = (item for batch in batches for item in batch)
-        bar = progress(zip(names, items, strict=True), "decoding once", n, unit="img")
-        with atomic_write(target) as file:
-            for name, (pixels, checksum, is_large) in bar:
-                if isinstance(pixels, UserError):
-                    raise pixels
-                checksums.append(checksum)
-                too_large += is_large
-                if isinstance(pixels, Exception):
-                    skipped[name] = str(pixels)
-                else:
-                    file.write(pixels.tobytes())
-            if len(skipped) == n:
-                raise UserError(f"none of the {n} images can be read: {names[0]} ({pixels})")
-            notes = {"skipped": skipped, "digest": digest(*zip(names, checksums, strict=True))}
-            write_json(target.with_suffix(".json"), notes | {"too_large": too_large})
-    except (OSError, RuntimeError) as error:  # of the workers: no memory, or too many processes
-        hint = "use fewer --workers, or --workers=0"
-        raise UserError(f"the processes that decode cannot go on ({error}); {hint}") from error
+    skipped: dict[int, str] = {}
+    rows: dict[bytes, int] = {}  # the first row with these pixels
+    copies: dict[int, int] = {}
+    bar = progress("decoding once", len(paths), unit="img")
+    # Pillow decodes outside of Python's lock, so threads use all cores.
+    with bar, atomic_write(target) as file, ThreadPoolExecutor() as pool:
+        for first in range(0, len(paths), 1024):
+            part = paths[first : first + 1024]
+            for i, pixels in enumerate(pool.map(partial(read_or_reason, **how), part), first):
+                bar.update()
+                if isinstance(pixels, str):
+                    skipped[i] = pixels
+                    continue
+                file.write(pixels)
+                row = i - len(skipped)
+                key = hashlib.md5(pixels, usedforsecurity=False).digest()
+                if rows.setdefault(key, row) != row:
+                    copies[row] = rows[key]
+        # The notes are there before the array: who finds the array finds them.
+        write_json(target.with_suffix(".json"), {"skipped": skipped, "copies": copies})
 
 
-def read_array(
-    target: Path, n_files: int, shape: tuple[int, ...]
-) -> tuple[np.ndarray, dict[str, Any]] | None:
-    """What `build_array` wrote: the array, memory-mapped, and the notes. None if damaged."""
-    try:
-        notes = json.loads(target.with_suffix(".json").read_text())
-        shape = (n_files - len(notes["skipped"]), *shape)
-        if target.stat().st_size == math.prod(shape):
-            return np.memmap(target, np.uint8, "r", shape=shape), notes
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        hint = "name another --cache_dir"
-        raise UserError(f"cannot map {target} into memory ({error}): {hint}") from error
-    except (ValueError, KeyError, TypeError):
-        pass
-    return None
+def describe(skipped: dict[str, str]) -> str:
+    """Why images were skipped: for each reason a count and the names of three, in one line."""
+    by_reason = defaultdict(list)
+    for name, reason in skipped.items():
+        by_reason[reason].append(name)
+    parts = []
+    for reason, names in by_reason.items():
+        some = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+        parts.append(f"{len(names)} x {reason} ({some})")
+    return "; ".join(parts)
+
+
+class Decoded(NamedTuple):
+    """Decoded images: `array`, uint8 (N, S, S, C), and for each row its path in its folder,
+    whether that is the --testroot, and the first row of equal pixels.
+
+    `digest` stands for the names and sizes of the files; a copy of the folder has the same.
+    """
+
+    array: np.ndarray
+    names: list[str]
+    in_testroot: np.ndarray
+    firsts: np.ndarray
+    digest: str
 
 
 def load_images(
-    dataroot: Path,
-    dataset: str = "folder",
-    size: int = 64,
-    crop: int | None = None,
-    workers: int = 0,
+    root: Path,
+    testroot: Path | None,
+    size: int,
+    crop: int | None,
+    channels: int,
     cache_dir: Path | None = None,
-    channels: int = 3,
-) -> tuple[np.ndarray, list[str], str]:
-    """All images of a folder, decoded, in order of their paths; their names; and a digest of them.
+) -> Decoded:
+    """All images of one or two folders, decoded, in order of their paths.
 
-    The array, uint8 (N, size, size, channels), is built on first use and mapped into memory ever
-    after. It is a hidden file in `dataroot` or `cache_dir` or, if `dataroot` cannot be written, in
-    the user's cache folder. Its name has a digest of names, sizes and times of the files, so that
-    it is built again when they change. Any number of processes may ask for it at once. The digest
-    that is returned is of names and contents, and so a copy has the same.
-
-    Args:
-        dataset: `celebA` takes the central 140 pixels, `folder` the largest central square.
-        crop: takes so many central pixels in place of that.
-        workers: processes that decode; 0 decodes in this one.
-        channels: 3 for RGB, 1 for grey.
+    The array is built on first use and mapped into memory ever after. It is a hidden file in `root`
+    or `cache_dir`. Its name has a digest of names, sizes and times of change of the files, so that
+    it is built again when they change. Any number of processes may ask for it at once.
     """
-    files = find_images(dataroot)
-    names = [name for name, _, _ in files]
-    crop = crop or (CELEBA_CROP if dataset == "celebA" else None)
-    if cache_dir is None and not os.access(dataroot, os.W_OK):
-        try:
-            cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wae"
-            make_folder(cache_dir)
-        except (RuntimeError, UserError) as error:
-            hint = "name a --cache_dir for the decoded images"
-            raise UserError(f"--dataroot={dataroot} cannot be written: {hint}") from error
-    folder = make_folder(cache_dir or dataroot)
-    home = digest(dataroot.resolve()) if cache_dir else "here"
+    files = {os.path.abspath(root / name): (0, name, *s) for name, s in find_images(root).items()}
+    if testroot:  # whose images are not for training, if it is inside of the other
+        for name, s in find_images(testroot).items():
+            files[os.path.abspath(testroot / name)] = (1, name, *s)
+    paths, keys = [Path(path) for path in files], list(files.values())
+    folder = cache_dir or root
+    home = digest(root.resolve() if cache_dir else "here", testroot and testroot.resolve())
     prefix = f".wae_{size}_{channels}_{crop}_{home}"
-    target, shape = folder / f"{prefix}_{digest(*files)}.u8", (size, size, channels)
-    # One lock for all versions of the array: who holds it may remove those that are outdated.
-    with lock(folder / f"{prefix}.lock", wait=True):
-        found = read_array(target, len(files), shape)
-        if found is None:
-            if target.exists():
-                warn(f"{target} is damaged or out of date: the images are decoded again")
-            images = Decoded([dataroot / name for name in names], size, crop, channels)
-            build_array(target, images, names, workers)
-            found = read_array(target, len(files), shape)
-            for old in folder.glob(f"*{prefix}_*"):
-                if old.stem != target.stem:
-                    old.unlink(missing_ok=True)
-    array, notes = found
-    if skipped := notes["skipped"]:
-        some = ", ".join(list(skipped)[:10]) + (", ..." if len(skipped) > 10 else "")
-        counts = f"{len(skipped)} of {len(names)} images that cannot be read"
-        warn(f"skipped {counts}: {some} ({next(iter(skipped.values()))})")
-    if 2 * notes["too_large"] > len(names):
-        hint = "--dataset=folder takes the largest central square"
-        warn(f"most images are more than twice as large as the crop of {crop} pixels; {hint}")
-    return array, [name for name in names if name not in skipped], notes["digest"]
+    target = folder / f"{prefix}_{digest(*keys)}.u8"
+    try:
+        # One lock for all versions of the array: who holds it may remove those that are outdated.
+        with lock(folder / ".wae", wait=True) if not target.exists() else nullcontext():
+            if not target.exists():
+                build_array(target, paths, size=size, crop=crop, channels=channels)
+                for old in folder.glob(f"{prefix}_*"):
+                    if old.stem != target.stem:
+                        old.unlink(missing_ok=True)
+    except WriteError as error:
+        raise UserError(f"{error}; --cache_dir names a place for decoded images") from error
+    notes = json.loads(target.with_suffix(".json").read_text())
+    skipped = {keys[int(i)][1]: reason for i, reason in notes["skipped"].items()}
+    kept = [key for i, key in enumerate(keys) if str(i) not in notes["skipped"]]
+    if not kept:
+        raise UserError(f"none of the {len(keys)} images can be read: {describe(skipped)}")
+    if skipped:
+        warn(f"skipped {len(skipped)} of {len(keys)} images: {describe(skipped)}")
+    firsts = np.arange(len(kept))
+    for row, first in notes["copies"].items():
+        firsts[int(row)] = first
+    return Decoded(
+        array=np.memmap(target, np.uint8, "r", shape=(len(kept), size, size, channels)),
+        names=[name for _, name, *_ in kept],
+        in_testroot=np.array([number == 1 for number, *_ in kept]),
+        firsts=firsts,
+        digest=digest(*(key[:3] for key in keys)),
+    )
+
+
+def hold_out(names: Sequence[str], n_test: int) -> np.ndarray:
+    """Rows to hold out: of each folder the last ones by path, in proportion, `n_test` in all."""
+    folders = defaultdict(list)
+    for row, name in enumerate(names):
+        folders[os.path.dirname(name)].append(row)
+    held_out: list[int] = []
+    before = 0
+    for rows in folders.values():
+        after = before + len(rows)
+        # Rounded so that the counts add up to n_test.
+        count = after * n_test // len(names) - before * n_test // len(names)
+        held_out += rows[len(rows) - count :]
+        before = after
+    return np.sort(np.array(held_out, int))
+
+
+def describe_split(images: Decoded, train: np.ndarray, test: np.ndarray) -> None:
+    """Says how many images of which folders are trained on and held out, and what looks wrong."""
+    counts = [
+        Counter(images.names[row].partition("/")[0] for row in rows) for rows in (train, test)
+    ]
+    folders = list(counts[0] | counts[1])
+    shown = [f"{name} {counts[0][name]} + {counts[1][name]}" for name in folders[:5]]
+    shown += [f"and {len(folders) - 5} more folders"] * (len(folders) > 5)
+    total = f"{len(train)} images to train on + {len(test)} held out"
+    warn(f"{total}: {', '.join(shown)}")
+    twice = int(np.isin(images.firsts[test], images.firsts[train]).sum())
+    if twice:
+        warn(f"{twice} of the {len(test)} held-out images are among the training images, too")
+
+
+class Data(NamedTuple):
+    """The images of a run, uint8 (N, S, S, C) in order of their paths, `names`.
+
+    `train` and `test` are the rows for training and those that are held out.
+    """
+
+    images: Images
+    names: list[str]
+    train: np.ndarray
+    test: np.ndarray
+    digest: str
 
 
 def put_on_device(images: np.ndarray, device: torch.device) -> Images:
@@ -432,10 +445,9 @@ def batches(
             thread.shutdown(cancel_futures=True)
 
 
-def from_uint8(batch: Tensor, symmetric: bool) -> Tensor:
-    """Pixels (n, S, S, C) as float32 (n, C, S, S) in [0, 1] or, if `symmetric`, in [-1, 1]."""
-    x = batch.permute(0, 3, 1, 2).float()
-    return x.div_(127.5).sub_(1) if symmetric else x.div_(255)
+def from_uint8(batch: Tensor) -> Tensor:
+    """Pixels (n, S, S, C) as float32 (n, C, S, S) in [0, 1]."""
+    return batch.permute(0, 3, 1, 2).float().div_(255)
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
@@ -453,16 +465,17 @@ def set_seed(*key: int | str) -> None:
     The randomness of a step is a function of its place, so a resumed run needs no generator state,
     and an evaluation in between changes nothing.
     """
-    torch.manual_seed(int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1)
+    seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
+    # `torch.manual_seed` formats a traceback for each kind of device that is not there: 0.3 ms.
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
 
 
-def n_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def cpu_has_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16; without, it is much slower than float32."""
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16; without, it is slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -479,30 +492,26 @@ def is_main() -> bool:
     return not dist.is_torchelastic_launched() or os.environ["RANK"] == "0"
 
 
-def get_world(cuda: bool, gpu_id: int) -> World:
-    """This process's place and device. Raises UsageError: no GPU, or not the one asked for."""
+def join_world(cuda: bool, gpu_id: int) -> World:
+    """This process's place and device, after joining the others that torchrun started, if any.
+
+    Raises UsageError: no GPU, or not the one asked for.
+    """
     if not dist.is_torchelastic_launched():
         return World(0, 1, pick_device(cuda, gpu_id))
-    rank, local_rank, size = (int(os.environ[k]) for k in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     end_with_parent()
-    return World(rank, size, pick_device(cuda, local_rank))
+    device = pick_device(cuda, int(os.environ["LOCAL_RANK"]))
+    # All wait an hour for rank 0, which decodes images and evaluates epochs.
+    dist.init_process_group(
+        "nccl" if cuda else "gloo", timeout=timedelta(hours=1), device_id=device if cuda else None
+    )
+    return World(dist.get_rank(), dist.get_world_size(), device)
 
 
-def join(world: World) -> None:
-    """Joins the other processes, if there are any: by NCCL on GPUs, by gloo on CPUs."""
-    if not dist.is_torchelastic_launched():
-        return
-    cuda = world.device.type == "cuda"
-    # While it waits for the others, which is not in Python, only the default action ends it.
-    handle_signals(signal.SIG_DFL)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=world.device if cuda else None)
-    handle_signals(exit_at_once)
-
-
-def copy_from_main(network: nn.Module, world: World) -> None:
-    """Gives all processes the weights that rank 0 has."""
-    for tensor in network.state_dict().values() if world.size > 1 else ():
-        dist.broadcast(tensor, 0)
+def leave_world() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def end_with_parent() -> None:
@@ -517,12 +526,6 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def leave_world() -> None:
-    """Leaves the process group, if there is one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def pick_device(cuda: bool, gpu_id: int) -> torch.device:
     """The CPU, or the GPU of that number. Raises UsageError if it is not there."""
     if not cuda:
@@ -535,6 +538,12 @@ def pick_device(cuda: bool, gpu_id: int) -> torch.device:
     device = torch.device("cuda", gpu_id)
     torch.cuda.set_device(device)
     return device
+
+
+def copy_from_main(network: nn.Module, world: World) -> None:
+    """Gives all processes the weights that rank 0 has."""
+    for tensor in network.state_dict().values() if world.size > 1 else ():
+        dist.broadcast(tensor, 0)
 
 
 class Gather(torch.autograd.Function):
@@ -553,14 +562,6 @@ class Gather(torch.autograd.Function):
         return gradient.chunk(dist.get_world_size())[dist.get_rank()]
 
 
-def all_values(value: Any, world: World) -> list[Any]:
-    """The value that each process has, in rank order."""
-    values = [value] * world.size
-    if world.size > 1:
-        dist.all_gather_object(values, value)
-    return values
-
-
 def average(values: Tensor, world: World) -> Tensor:
     """The mean over processes, for reporting."""
     values = values / world.size
@@ -573,110 +574,91 @@ class Recorded:
     """`step(*inputs)`, recorded as a CUDA graph at the fourth call and replayed from then on.
 
     Python launches the kernels of a step one by one, and a large GPU is done sooner than Python:
-    it waits most of the time. A graph launches them all at once. The first calls are ordinary ones,
-    on a stream of their own, as recording needs it; in them cuDNN and the compiler make their
-    choices. If the step cannot be recorded, it says so once and stays as it is.
+    it waits most of the time. A graph launches them all at once. In the first calls, which are
+    ordinary ones, cuDNN and the compiler make their choices.
 
     Args:
         step: takes tensors of always the same shapes and returns one. It must not wait for the GPU,
             and whatever else changes between steps must stay at one place in memory.
+
+    Raises:
+        UserError: the step cannot be recorded.
     """
 
     WARM_UP = 3
 
     def __init__(self, step: Callable[..., Tensor]):
-        self.step, self.calls, self.graph = step, 0, None
-        self.stream = torch.cuda.Stream()
+        self.step = step
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         self.calls += 1
         if self.calls <= self.WARM_UP:
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                output = self.step(*inputs)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return output
-        if self.calls == self.WARM_UP + 1:
-            self.record(*inputs)
-        if self.graph is None:
             return self.step(*inputs)
+        if self.graph is None:
+            self.record(*inputs)
         for recorded, new in zip(self.inputs, inputs, strict=True):
             recorded.copy_(new)
         self.graph.replay()
         return self.output.clone()
 
     def record(self, *inputs: Tensor) -> None:
-        """Records the step, which does not run it; `graph` stays None if that fails."""
+        """Records the step, which does not run it."""
         self.inputs = [tensor.clone() for tensor in inputs]
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
-        generator = torch.cuda.default_generators[stream.device.index]
-        seed = generator.initial_seed()
+        graph = torch.cuda.CUDAGraph()
+        # On the stream of the other steps, so that memory of theirs that is free can be used.
+        # Thread-local: meanwhile, the thread of `batches` may ask for pinned memory.
+        how = {"stream": torch.cuda.current_stream(), "capture_error_mode": "thread_local"}
         try:
-            # Thread-local: meanwhile, the thread of `batches` may ask for pinned memory.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, **how):
                 self.output = self.step(*self.inputs)
-            self.graph = graph
-        except RuntimeError as error:
-            # The error is that of ending the recording, and its context says why it failed. It
-            # leaves behind its stream and a generator that counts for the graph.
-            torch.cuda.set_stream(stream)
-            generator.graphsafe_set_state(torch.Generator(stream.device).graphsafe_get_state())
-            generator.manual_seed(seed)
-            reason = str(error.__context__ or error).splitlines()[0]
-            warn(f"the step is not recorded as a CUDA graph, and so it is slower: {reason}")
+        except Exception as error:
+            # The error is that of ending the recording, and its context says why it failed.
+            reason = first_line(error.__context__ or error)
+            raise UserError(f"the step cannot be recorded, try --no-graph: {reason}") from error
+        self.graph = graph
 
 
 # --------------------------------------------------------------------------------------------------
 # Signals and messages
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-
-def handle_signals(handler: Callable[[int, Any], None]) -> None:
-    """Sets the handler of Ctrl-C, SIGTERM and a closed terminal; nohup's choice of it stays."""
-    for number in SIGNALS:
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
-def tell(message: str) -> None:
-    """Writes a line from a signal handler: at once, and whether anybody reads it or not."""
-    if is_main():
-        with contextlib.suppress(OSError):
-            os.write(2, f"\nmain.py: {message}\n".encode())
-
-
-def exit_at_once(signum: int, _frame: object) -> None:
-    """Ends the program, as a signal handler. No file is half-written, so nothing is cleaned up."""
-    tell("interrupted")
-    os._exit(128 + signum)
-
 
 class Stop:
-    """Notes the first signal, so that a step can end with a checkpoint.
+    """Notes the signals that end a run, so that a step can end with a checkpoint.
 
-    A second signal ends the program at once; not so under torchrun, which passes on what a terminal
-    sends to all processes anyway.
+    It is a context, in the main thread of a program, and puts back the handlers that were there.
+    Only a second Ctrl-C, which a person types, ends at once: a closed terminal sends SIGHUP twice,
+    and log-outs send two kinds. Slurm and submitit send SIGUSR1 and SIGUSR2.
     """
 
-    def __init__(self) -> None:
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+
+    def __enter__(self) -> "Stop":
         self.signum = 0
-        handle_signals(self.note)
+        self.before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            self.before = {number: signal.getsignal(number) for number in self.SIGNALS}
+        for number, handler in self.before.items():
+            if handler != signal.SIG_IGN:  # nohup's choice stays
+                signal.signal(number, self.note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def note(self, signum: int, _frame: object) -> None:
+        """The handler. Under torchrun, a terminal's Ctrl-C comes twice: from it and passed on."""
+        if signum == self.signum == signal.SIGINT and not dist.is_torchelastic_launched():
+            raise KeyboardInterrupt
         self.signum = self.signum or signum
-        if dist.is_torchelastic_launched():
-            tell("stopping soon")
-        else:
-            self.close()
-            tell("stopping after this step; Ctrl-C again stops at once")
-
-    def close(self) -> None:
-        """Lets the next signal end the program."""
-        handle_signals(exit_at_once)
+        if is_main():
+            with suppress(OSError):  # nobody may be there to read it
+                os.write(2, b"\nmain.py: stopping after this step; Ctrl-C again stops at once\n")
 
     def agreed(self, world: World) -> int:
-        """The signal that any process got, or 0; all processes call this at the same step."""
+        """The signal that any process got, or 0. All processes call this at the same step."""
         if world.size == 1:
             return self.signum
         signum = torch.tensor(self.signum, device=world.device)
@@ -684,38 +666,25 @@ class Stop:
         return int(signum)
 
 
-class Output:
-    """A text stream that drops what it cannot write: a closed terminal must not end a training.
+def progress(name: str, total: int, **options: Any) -> tqdm:
+    """A progress bar on a terminal, and nothing where standard error is none."""
+    shown = is_main() and sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(desc=name, total=total, disable=not shown, leave=False, **options)
 
-    In a file, a progress bar is one line after another.
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Prints a line to standard output, or to `stream`, clear of the progress bar, in rank 0.
+
+    Where nobody can read it any more, it goes nowhere: a closed terminal must not end a training.
     """
-
-    def __init__(self, stream: TextIO | None):
-        self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
-        if hasattr(self.stream, "reconfigure"):  # not so in a notebook
-            self.stream.reconfigure(errors="backslashreplace", line_buffering=True)
-
-    def write(self, text: str) -> int:
-        if text.startswith("\r") and not self.stream.isatty():
-            bar = text.strip()
-            text = bar and bar + "\n"
-        with contextlib.suppress(OSError):
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-def progress(items: Iterable, name: str, total: int, leave: bool = True, **options: Any) -> tqdm:
-    """The items, with a progress bar; a line a minute where standard error is no terminal."""
-    tty = sys.stderr.isatty()
-    options |= {"disable": not is_main(), "mininterval": 0.1 if tty else 60, "leave": tty and leave}
-    return tqdm(items, name, total, **options)
+    stream = stream or sys.stdout
+    if stream is None or not is_main():
+        return
+    try:
+        tqdm.write(printable(text), file=stream)
+        stream.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def printable(text: str) -> str:
@@ -724,9 +693,13 @@ def printable(text: str) -> str:
 
 
 def warn(message: str) -> None:
-    """Prints a line to standard error, clear of the progress bar, in the main process."""
-    if is_main():
-        tqdm.write(f"main.py: {printable(message)}", file=sys.stderr)
+    """Prints a line to standard error in rank 0."""
+    say(f"main.py: {message}", sys.stderr)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or the name of its kind where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -735,7 +708,7 @@ def warn(message: str) -> None:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Replaces `path` by the state. Raises UserError if it cannot be written."""
-    content = io.BytesIO()
+    content = io.BytesIO()  # a full disk makes torch.save raise what says nothing of a disk
     torch.save(state, content)
     with atomic_write(path) as file:
         file.write(content.getbuffer())
@@ -757,12 +730,6 @@ def load_checkpoint(path: Path, *needed: str) -> dict[str, Any]:
     if not isinstance(state, dict) or not set(needed) <= state.keys():
         raise UserError(f"{path}: not a checkpoint of this program")
     return state
-
-
-def weights_are_sound(state: dict[str, Tensor]) -> bool:
-    """Whether all numbers in the state of a network are finite and below 1e6."""
-    largest = [t.abs().max().float() for t in state.values() if t.is_floating_point()]
-    return bool(torch.stack(largest).max() < LARGEST_WEIGHT)  # not so for nan
 
 
 # --------------------------------------------------------------------------------------------------
@@ -830,66 +797,31 @@ def save_picture(path: Path, picture: Image.Image) -> None:
 def write_images(folder: Path, batches: Iterable[Tensor]) -> Iterator[Tensor]:
     """Passes on batches of images (n, C, S, S) in [0, 1], and writes them as 00000.png and on.
 
-    They take the place of the folder when the last one is written; until then it stays as it is.
+    Images of that kind that an earlier call wrote beyond the last one are removed; no other file is
+    touched.
     """
-    folder = folder.resolve()  # a link may lead to a larger disk
-    if folder.exists():
-        for path in folder.iterdir():
-            if not re.fullmatch(r"\d{5,}\.png", path.name):
-                raise UserError(f"{path} is not of this program; move it, or choose another --outf")
-    new, old = (folder.with_name(f".{folder.name}.{end}") for end in ("tmp", "old"))
-    for leftover in (new, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    make_folder(new)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     count = 0
     for images in batches:
         for pixels in to_uint8(images):
-            path = new / f"{count:05d}.png"
+            path = folder / f"{count:05d}.png"
             with writing(path):
                 Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
             count += 1
         yield images
-    with writing(folder):
-        if folder.exists():
-            folder.rename(old)
-        new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    for path in folder.iterdir():
+        if re.fullmatch(r"\d{5,}\.png", path.name) and int(path.stem) >= count:
+            path.unlink()
 
 
 def scatter(first: np.ndarray, second: np.ndarray) -> Image.Image:
     """Two clouds of points in the plane, (N, 2) each: orange, and blue on top of it."""
-    side, reach = 300, np.abs(np.concatenate([first, second])).max() + 1e-9
+    side = 300
+    reach = np.abs(np.concatenate([first, second])).max() + 1e-9
     canvas = np.full((side, side, 3), 255, np.uint8)
-    canvas[side // 2], canvas[:, side // 2] = 225, 225  # the axes
+    canvas[side // 2] = canvas[:, side // 2] = 225  # the axes
     for points, colour in ((first, (255, 127, 14)), (second, (31, 119, 180))):
         x, y = (np.round((points / reach * [1, -1] + 1) / 2 * (side - 1)).astype(int)).T
         canvas[y, x] = colour
     return Image.fromarray(canvas).resize((2 * side, 2 * side), Image.Resampling.NEAREST)
-
-
-# --------------------------------------------------------------------------------------------------
-# The network of the Frechet inception distance
-
-
-class Inception:
-    """Features of images, by the optional package pytorch-fid."""
-
-    def __init__(self, device: torch.device):
-        from pytorch_fid import inception
-
-        self.device, network = device, inception.InceptionV3
-        try:
-            self.network = network([network.BLOCK_INDEX_BY_DIM[2048]]).to(device).eval()
-        except (OSError, RuntimeError) as error:
-            url, folder = inception.FID_WEIGHTS_URL, f"{torch.hub.get_dir()}/checkpoints"
-            hint = f"download {url} by hand and put it into {folder}"
-            message = f"--fid: no weights of the Inception network: {error}"
-            raise UserError(f"{message}; {hint}") from error
-
-    @torch.no_grad()
-    def features(self, images: Tensor) -> Tensor:
-        """Features (n, 2048) of images (n, C, S, S) in [0, 1], seen as the PNG files have them."""
-        pixels = torch.from_numpy(to_uint8(images)).to(self.device)
-        x = from_uint8(pixels, symmetric=False)
-        parts = x.expand(-1, 3, -1, -1).split(128)  # its layers are much larger than the images
-        return torch.cat([self.network(part)[0].flatten(1) for part in parts])
