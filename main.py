@@ -554,6 +554,19 @@ def train(run: Run, data: Data) -> int:
     if flags.graph and flags.cuda and world.size == 1:
         step = utils.Recorded(step)
     begun = saved = time.perf_counter()
+
+    def pause(due: bool) -> int:
+        """Saves if it is time, or if any process got a signal. Returns that."""
+        nonlocal saved
+        signum = stop.agreed(world)
+        due = due and time.perf_counter() - saved >= flags.checkpoint_every
+        if log and (signum or due):
+            save(run, log, data)
+            saved = time.perf_counter()
+        if signum:
+            utils.warn(f"stopped after step {run.step} of {last}; the same command continues")
+        return signum
+
     with utils.progress("", last, initial=first, unit="step") as bar, utils.Stop() as stop:
         while run.epoch < flags.niter:
             run.net.train()
@@ -569,19 +582,13 @@ def train(run: Run, data: Data) -> int:
                 done += 1
                 bar.update()
 
-                # Log, save, and stop if asked to.
+                # Log, save, and stop if asked to. Processes wait for each other at rows alone.
                 row = run.step % flags.print_every == 0
                 if row:
                     speed = done * flags.batch_size / (time.perf_counter() - started)
                     log_losses(run, log, bar, losses, speed)
-                # Several processes agree on a signal where they wait for each other anyway.
-                signum = stop.agreed(world) if row or world.size == 1 else 0
-                due = row and time.perf_counter() - saved >= flags.checkpoint_every
-                if log and (signum or due):
-                    save(run, log, data)
-                    saved = time.perf_counter()
-                if signum:
-                    return stopped(run, last, signum)
+                if (row or world.size == 1) and (signum := pause(due=row)):
+                    return signum
 
             # End of an epoch. Save last: on resume, all that was written before is trusted.
             speed = done * flags.batch_size / (time.perf_counter() - started)
@@ -590,17 +597,11 @@ def train(run: Run, data: Data) -> int:
             if log:
                 left = (time.perf_counter() - begun) / max(1, run.step - first) * (last - run.step)
                 end_epoch(run, log, data, speed, left)
-            signum = stop.agreed(world)
-            due = run.step == last or time.perf_counter() - saved >= flags.checkpoint_every
-            if log and (signum or due):
-                save(run, log, data)
-                saved = time.perf_counter()
-            if signum:
-                return stopped(run, last, signum)
+            if signum := pause(due=True):
+                return signum
     utils.leave_world()  # now, since the others would not wait for what follows
     if log:
         finish(run, log, data)
-        log.close()
     return 0
 
 
@@ -648,6 +649,7 @@ def diverged(run: Run, what: str) -> UserError:
 def end_epoch(run: Run, log: utils.Log, data: Data, speed: float, seconds_left: float) -> None:
     """Logs the metrics of an epoch, and draws its pictures."""
     metrics, _, _ = held_out_metrics(run, data)
+    metrics = {name: metrics[name] for name in METRICS if name in metrics}
     log.add(epoch=run.epoch, step=run.step, **metrics)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     left = timedelta(seconds=round(seconds_left))
@@ -672,20 +674,13 @@ def save(run: Run, log: utils.Log, data: Data) -> None:
     utils.save_checkpoint(run.flags.outf / CHECKPOINT, state)
 
 
-def stopped(run: Run, last: int, signum: int) -> int:
-    """Says that a signal ended the training. Returns the signal."""
-    utils.warn(f"stopped after step {run.step} of {last}; the same command continues")
-    return signum
-
-
 def finish(run: Run, log: utils.Log, data: Data) -> None:
     """Fits the mixture to the training codes, and writes the metrics of the finished run."""
-    run.net.eval()
     fit_mixture(run, data)
     metrics, codes, _ = held_out_metrics(run, data)
-    metrics |= final_metrics(run, codes)
     write_metrics(run, run.flags.outf, metrics, codes)
     save(run, log, data)
+    log.close()
     utils.say(f"pictures and metrics are in {run.flags.outf}; --evaluate writes samples")
 
 
@@ -751,13 +746,17 @@ def held_out_metrics(run: Run, data: Data) -> tuple[dict[str, float], Tensor, Te
         pz_scale = run.flags.pz_scale
         kernel = model.Kernel(run.flags.nz, pz_scale, device=codes.device)
         metrics["test_mmd"] = model.exact_mmd(codes, kernel).item()
-        of_prior = model.prior_scores(*codes.shape, pz_scale)["w2"]
-        metrics["test_w2"] = model.gaussian_w2(codes, pz_scale).item() - of_prior
+        bias, of_prior = model.prior_scores(*codes.shape, pz_scale)
+        metrics["test_w2"] = model.gaussian_w2(codes, pz_scale).item() - bias
         eigenvalues, _ = model.covariance_eigenvalues(codes)
         metrics["eigenvalue_min"] = eigenvalues[0].item()
         metrics["eigenvalue_max"] = eigenvalues[-1].item()
+        metrics |= {f"{name}_of_prior": value for name, value in of_prior.items()}
     if variances:
         metrics["noise_variance"] = torch.cat(variances).mean().item()
+    if run.mixture and len(codes) > 1:
+        nats = model.nats_from_prior(codes, model.mixture(**run.mixture), run.flags.pz_scale)
+        metrics |= {"test_nats": nats.item(), "test_nats_of_prior": run.nats_of_prior}
     return metrics, codes, errors
 
 
@@ -775,22 +774,6 @@ def fit_mixture(run: Run, data: Data) -> None:
     samples, others = (run.net.sample_prior(len(codes)) for _ in range(2))
     density = model.mixture(**model.fit_mixture(samples, pz_scale))
     run.nats_of_prior = model.nats_from_prior(others, density, pz_scale).item()
-
-
-def final_metrics(run: Run, codes: Tensor) -> dict[str, float]:
-    """More metrics of held-out codes (N, nz), by the mixture, and what prior samples score."""
-    if len(codes) < 2:
-        return {}
-    metrics = {}
-    if run.mixture:
-        density = model.mixture(**run.mixture)
-        nats = model.nats_from_prior(codes, density, run.flags.pz_scale)
-        metrics = {"test_nats": nats.item(), "test_nats_of_prior": run.nats_of_prior}
-    scores = model.prior_scores(*codes.shape, run.flags.pz_scale)
-    metrics["test_w2_std_of_prior"] = scores["w2_std"]
-    metrics["eigenvalue_min_of_prior"] = scores["eigenvalue_min"]
-    metrics["eigenvalue_max_of_prior"] = scores["eigenvalue_max"]
-    return metrics
 
 
 def write_metrics(run: Run, folder: Path, metrics: dict[str, float], codes: Tensor) -> None:
@@ -846,7 +829,6 @@ def sample_images(run: Run, density: str, n: int) -> Iterator[Tensor]:
 def evaluate(run: Run, data: Data, folder: Path) -> int:
     """Writes images, codes and metrics to the folder. Returns 0."""
     metrics, codes, errors = held_out_metrics(run, data)
-    metrics |= final_metrics(run, codes)
     sets = {
         "real": images_in_order(run, data, data.test),
         "reconstructions": map(run.net.decode, codes.split(eval_batch(run.flags))),
@@ -905,32 +887,32 @@ def load_data(flags: Namespace, checkpoint: dict[str, Any] | None, world: World)
         root, testroot = testroot, None
     crop = flags.crop or (utils.CELEBA_CROP if flags.dataset == "celebA" else None)
     how = (flags.image_size, crop, flags.channels, flags.cache_dir)
-    images = utils.load_images(root, testroot, *how)
-    n = len(images.names)
-    own = checkpoint is None or checkpoint["images"] == images.digest
+    data = utils.load_images(root, testroot, *how)
+    n = len(data.names)
+    own = checkpoint is None or checkpoint["images"] == data.digest
     n_test = (checkpoint["flags"] if flags.evaluate else vars(flags))["n_test"]
     if flags.evaluate and not own:
         test = np.arange(n)
         utils.warn(f"{root} has other images than the run; all of them are scored")
     elif testroot:
-        test = np.flatnonzero(images.in_testroot)
+        test = data.test
     else:
         n_test = n_test or max(2, min(n // 10, utils.CELEBA_TEST_IMAGES))
-        test = utils.hold_out(images.names, min(n_test, n))
+        test = utils.hold_out(data.names, min(n_test, n))
     train = np.setdiff1d(np.arange(n), test)
     if flags.evaluate:
         n_test = min(len(test), flags.n_test or len(test))
         test = test[np.linspace(0, len(test) - 1, n_test).astype(int)]
-    else:
+    data = data._replace(train=train, test=test)
+    if not flags.evaluate:
         if not own:
             hint = "bring those back, or start again in another --outf"
             raise UserError(f"{root}: not the images that the run was trained on; {hint}")
         if len(train) < flags.batch_size:
             flag = f"--batch_size={flags.batch_size}"
             raise UsageError(f"{flag}: {len(train)} images to train on, of {n}, are too few")
-        utils.describe_split(images, train, test)
-    array = utils.put_on_device(images.array, world.device)
-    return Data(array, images.names, train, test, images.digest)
+        utils.describe_split(root, data)
+    return data._replace(images=utils.put_on_device(data.images, world.device))
 
 
 def execute(argv: list[str]) -> int:
@@ -951,8 +933,8 @@ def execute(argv: list[str]) -> int:
             run.load_state_dict(checkpoint)
         elif flags.init:
             run.load_networks(utils.load_checkpoint(flags.init, "flags", "net"))
+        run.net.eval()
         if flags.generate:
-            run.net.eval()
             return generate(run, folder)
         # Training batches have one shape, so that the search for fast convolutions pays.
         torch.backends.cudnn.benchmark = True

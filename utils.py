@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
@@ -288,17 +288,19 @@ def describe(skipped: dict[str, str]) -> str:
     return "; ".join(parts)
 
 
-class Decoded(NamedTuple):
-    """Decoded images: `array`, uint8 (N, S, S, C), and for each row its path in its folder,
-    whether that is the --testroot, and the first row of equal pixels.
+class Data(NamedTuple):
+    """The images of a run, and which are for training and which are held out.
 
-    `digest` stands for the names and sizes of the files; a copy of the folder has the same.
+    `images` are uint8 (N, S, S, C). For each row of them `names` has the path and `firsts` the
+    first row of equal pixels; `train` and `test` are rows. `digest` stands for the names and sizes
+    of the files; a copy of the folder has the same.
     """
 
-    array: np.ndarray
+    images: Images
     names: list[str]
-    in_testroot: np.ndarray
     firsts: np.ndarray
+    train: np.ndarray
+    test: np.ndarray
     digest: str
 
 
@@ -309,8 +311,8 @@ def load_images(
     crop: int | None,
     channels: int,
     cache_dir: Path | None = None,
-) -> Decoded:
-    """All images of one or two folders, decoded, in order of their paths.
+) -> Data:
+    """All images of one or two folders, decoded, in order of their paths; the second is held out.
 
     The array is built on first use and mapped into memory ever after. It is a hidden file in `root`
     or `cache_dir`. Its name has a digest of names, sizes and times of change of the files, so that
@@ -345,11 +347,12 @@ def load_images(
     firsts = np.arange(len(kept))
     for row, first in notes["copies"].items():
         firsts[int(row)] = first
-    return Decoded(
-        array=np.memmap(target, np.uint8, "r", shape=(len(kept), size, size, channels)),
+    return Data(
+        images=np.memmap(target, np.uint8, "r", shape=(len(kept), size, size, channels)),
         names=[name for _, name, *_ in kept],
-        in_testroot=np.array([number == 1 for number, *_ in kept]),
         firsts=firsts,
+        train=np.flatnonzero([number == 0 for number, *_ in kept]),
+        test=np.flatnonzero([number == 1 for number, *_ in kept]),
         digest=digest(*(key[:3] for key in keys)),
     )
 
@@ -370,32 +373,37 @@ def hold_out(names: Sequence[str], n_test: int) -> np.ndarray:
     return np.sort(np.array(held_out, int))
 
 
-def describe_split(images: Decoded, train: np.ndarray, test: np.ndarray) -> None:
+def describe_split(root: Path, data: Data) -> None:
     """Says how many images of which folders are trained on and held out, and what looks wrong."""
-    counts = [
-        Counter(images.names[row].partition("/")[0] for row in rows) for rows in (train, test)
-    ]
-    folders = list(counts[0] | counts[1])
-    shown = [f"{name} {counts[0][name]} + {counts[1][name]}" for name in folders[:5]]
-    shown += [f"and {len(folders) - 5} more folders"] * (len(folders) > 5)
-    total = f"{len(train)} images to train on + {len(test)} held out"
-    warn(f"{total}: {', '.join(shown)}")
-    twice = int(np.isin(images.firsts[test], images.firsts[train]).sum())
+    train, test = (
+        Counter(data.names[row].rpartition("/")[0] or "." for row in rows)
+        for rows in (data.train, data.test)
+    )
+    folders = list(train | test)
+    shown = [f"{name} {train[name]} + {test[name]}" for name in folders[:5]]
+    shown += [f"{len(folders) - 5} more"] if len(folders) > 5 else []
+    total = f"{len(data.train)} images to train on + {len(data.test)} held out"
+    warn(f"{total}, by folder: {', '.join(shown)}")
+    twice = int(np.isin(data.firsts[data.test], data.firsts[data.train]).sum())
     if twice:
-        warn(f"{twice} of the {len(test)} held-out images are among the training images, too")
-
-
-class Data(NamedTuple):
-    """The images of a run, uint8 (N, S, S, C) in order of their paths, `names`.
-
-    `train` and `test` are the rows for training and those that are held out.
-    """
-
-    images: Images
-    names: list[str]
-    train: np.ndarray
-    test: np.ndarray
-    digest: str
+        warn(f"{twice} of the held-out images have the pixels of images that are trained on")
+    beside = defaultdict(set)  # the folders in each folder
+    for name in folders:
+        parts = name.split("/")
+        for depth, part in enumerate(parts):
+            beside["/".join(parts[:depth])].add(part)
+    for folder, names in beside.items():
+        splits = sorted(name for name in names if name.lower() in SPLITS)
+        masks = sorted(name for name in names if name.lower() in MASKS)
+        if len(splits) > 1:
+            train_first = sorted(splits, key=lambda name: not name.lower().startswith("train"))
+            one, other = (root / folder / name for name in train_first[:2])
+            hint = f"--dataroot={one} --testroot={other} keeps them apart"
+            warn(f"{' and '.join(splits)} are beside each other and trained on alike; {hint}")
+        elif masks and len(names) > 1:
+            image = sorted(names - set(masks))[0]
+            hint = f"--dataroot={root / folder / image} leaves them out"
+            warn(f"{' and '.join(masks)} in {root / folder}: are these images? {hint}")
 
 
 def put_on_device(images: np.ndarray, device: torch.device) -> Images:
@@ -538,12 +546,6 @@ def pick_device(cuda: bool, gpu_id: int) -> torch.device:
     device = torch.device("cuda", gpu_id)
     torch.cuda.set_device(device)
     return device
-
-
-def copy_from_main(network: nn.Module, world: World) -> None:
-    """Gives all processes the weights that rank 0 has."""
-    for tensor in network.state_dict().values() if world.size > 1 else ():
-        dist.broadcast(tensor, 0)
 
 
 class Gather(torch.autograd.Function):
