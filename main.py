@@ -58,6 +58,8 @@ PRETRAIN_STEPS, PRETRAIN_BATCH = 200, 256  # at most so many steps, of so many i
 BATCH_NORM_BATCHES = 100  # that batch norm is re-estimated from at an epoch's end
 GPU_BATCH = 1024  # images of 64 pixels that a GPU encodes or decodes at a time in an evaluation
 
+NETWORK_FLAGS = ("image_size", "channels", "nz", "nf", "arch", "noise", "input_normalize_sym")
+NETWORK_FLAGS += ("pz_scale",)
 PATHS = ("dataroot", "testroot", "cache_dir")  # flags that are absolute in a checkpoint
 # Flags of a single command or of a machine: a checkpoint does not bring them.
 NOT_KEPT = {"checkpoint", "init", "outf", "evaluate", "generate", "density"}
@@ -314,17 +316,7 @@ def check(flags: Namespace) -> Namespace:
 
 def build_network(flags: Namespace, amp: bool = False) -> model.AutoEncoder:
     """The auto-encoder that the flags describe."""
-    return model.AutoEncoder(
-        size=flags.image_size,
-        channels=flags.channels,
-        nz=flags.nz,
-        nf=flags.nf,
-        arch=flags.arch,
-        noise=flags.noise,
-        symmetric=flags.input_normalize_sym,
-        pz_scale=flags.pz_scale,
-        amp=amp,
-    )
+    return model.AutoEncoder(**{name: getattr(flags, name) for name in NETWORK_FLAGS}, amp=amp)
 
 
 class Run:
@@ -407,8 +399,7 @@ class Run:
             try:
                 self.networks[name].load_state_dict(state[name])
             except RuntimeError as error:
-                names = ("image_size", "channels", "nz", "nf", "arch", "noise")
-                shape = " ".join(f"--{k}={state['flags'].get(k)}" for k in names)
+                shape = " ".join(f"--{k}={state['flags'].get(k)}" for k in NETWORK_FLAGS[:6])
                 raise UserError(f"the checkpoint's {name} has other shapes: {shape}") from error
 
 
@@ -553,6 +544,12 @@ def train(run: Run, data: Data) -> int:
     step = Step(run)
     if flags.graph and flags.cuda and world.size == 1:
         step = utils.Recorded(step)
+    weights = sum(weight.numel() for weight in run.net.parameters()) / 1e6
+    machine = f"{world.size} x {world.device.type}"
+    size = f"{weights:.1f} million weights; {machine}; {per_epoch} steps an epoch"
+    utils.say(f"{utils.count_images(data)}; {size}")
+    if first:
+        utils.warn(f"continuing the run in {flags.outf} from step {first} of {last}")
     begun = saved = time.perf_counter()
 
     def pause(due: bool) -> int:
@@ -666,6 +663,7 @@ def save(run: Run, log: utils.Log, data: Data) -> None:
     for network in run.networks.values():
         if not all(t.isfinite().all() for t in network.state_dict().values()):
             raise diverged(run, "weights are not finite")
+    log.flush()
     run.log = log.text
     flags = {k: v for k, v in vars(run.flags).items() if k not in NOT_KEPT}
     for name in PATHS:  # a run may continue from another folder
@@ -680,7 +678,6 @@ def finish(run: Run, log: utils.Log, data: Data) -> None:
     metrics, codes, _ = held_out_metrics(run, data)
     write_metrics(run, run.flags.outf, metrics, codes)
     save(run, log, data)
-    log.close()
     utils.say(f"pictures and metrics are in {run.flags.outf}; --evaluate writes samples")
 
 
@@ -742,19 +739,11 @@ def held_out_metrics(run: Run, data: Data) -> tuple[dict[str, float], Tensor, Te
     if not codes.isfinite().all():
         raise diverged(run, "the codes are not finite")
     metrics = {"test_mse": errors.mean().item()}
-    if len(codes) > 1:
-        pz_scale = run.flags.pz_scale
-        kernel = model.Kernel(run.flags.nz, pz_scale, device=codes.device)
-        metrics["test_mmd"] = model.exact_mmd(codes, kernel).item()
-        bias, of_prior = model.prior_scores(*codes.shape, pz_scale)
-        metrics["test_w2"] = model.gaussian_w2(codes, pz_scale).item() - bias
-        eigenvalues, _ = model.covariance_eigenvalues(codes)
-        metrics["eigenvalue_min"] = eigenvalues[0].item()
-        metrics["eigenvalue_max"] = eigenvalues[-1].item()
-        metrics |= {f"{name}_of_prior": value for name, value in of_prior.items()}
     if variances:
         metrics["noise_variance"] = torch.cat(variances).mean().item()
-    if run.mixture and len(codes) > 1:
+    if len(codes) > 1:
+        metrics |= model.code_metrics(codes, run.flags.pz_scale)
+    if run.mixture:
         nats = model.nats_from_prior(codes, model.mixture(**run.mixture), run.flags.pz_scale)
         metrics |= {"test_nats": nats.item(), "test_nats_of_prior": run.nats_of_prior}
     return metrics, codes, errors
@@ -911,7 +900,8 @@ def load_data(flags: Namespace, checkpoint: dict[str, Any] | None, world: World)
         if len(train) < flags.batch_size:
             flag = f"--batch_size={flags.batch_size}"
             raise UsageError(f"{flag}: {len(train)} images to train on, of {n}, are too few")
-        utils.describe_split(root, data)
+        if not testroot:
+            utils.warn_of_folders(root, data.names)
     return data._replace(images=utils.put_on_device(data.images, world.device))
 
 
@@ -943,8 +933,10 @@ def execute(argv: list[str]) -> int:
             return evaluate(run, data, folder)
         if run.epoch >= flags.niter and run.mixture:
             utils.say(f"the run in {flags.outf} is complete; a larger --niter continues it")
-            return 0
-        signum = train(run, data)
+            signum = 0
+        else:
+            signum = train(run, data)
+        utils.leave_world()
         return 128 + signum if signum else 0
 
 

@@ -142,27 +142,27 @@ class Decoder(nn.Module):
 class AutoEncoder(nn.Module):
     """An encoder, a decoder, and the prior of the codes between them. Images are in [0, 1].
 
-    Args as for `Encoder`, and
+    Args are the flags of the same names, as for `Encoder`, and
         pz_scale: standard deviation of the prior.
         amp: whether encoder and decoder compute in bfloat16. Weights, codes and images are float32.
     """
 
     def __init__(
         self,
-        size: int,
+        image_size: int,
         channels: int,
         nz: int,
         nf: int,
         arch: str,
         noise: str,
-        symmetric: bool,
+        input_normalize_sym: bool,
         pz_scale: float,
         amp: bool = False,
     ):
         super().__init__()
         self.nz, self.pz_scale, self.amp = nz, pz_scale, amp
-        self.encoder = Encoder(size, channels, nz, nf, arch, noise, symmetric)
-        self.decoder = Decoder(size, channels, nz, nf, arch, symmetric)
+        self.encoder = Encoder(image_size, channels, nz, nf, arch, noise, input_normalize_sym)
+        self.decoder = Decoder(image_size, channels, nz, nf, arch, input_normalize_sym)
 
     @property
     def device(self) -> torch.device:
@@ -518,10 +518,8 @@ def gaussian_w2(codes: Tensor, pz_scale: float = 1.0) -> Tensor:
 
 
 @cache
-def prior_scores(
-    n: int, nz: int, pz_scale: float, sets: int = 20
-) -> tuple[float, dict[str, float]]:
-    """What n samples of the prior score: `gaussian_w2`; its spread, and extreme eigenvalues.
+def prior_scores(n: int, nz: int, pz_scale: float, sets: int = 20) -> dict[str, float]:
+    """What n samples of the prior score: `gaussian_w2`, its spread, and extreme eigenvalues.
 
     These are averages of `sets` draws, always the same ones. A figure of n codes that is near them
     cannot be told from one of the prior.
@@ -530,10 +528,30 @@ def prior_scores(
     draws = [pz_scale * torch.randn(n, nz, generator=generator) for _ in range(sets)]
     w2 = torch.stack([gaussian_w2(z, pz_scale) for z in draws])
     eigenvalues = torch.stack([covariance_eigenvalues(z)[0] for z in draws]).mean(0)
-    return w2.mean().item(), {
-        "test_w2_std": w2.std().item(),
+    return {
+        "w2": w2.mean().item(),
+        "w2_std": w2.std().item(),
         "eigenvalue_min": eigenvalues[0].item(),
         "eigenvalue_max": eigenvalues[-1].item(),
+    }
+
+
+def code_metrics(codes: Tensor, pz_scale: float = 1.0) -> dict[str, float]:
+    """How far two codes or more (N, nz) are from the prior, and what as many prior samples score.
+
+    The README explains the figures. `test_w2` is `gaussian_w2` less that of prior samples.
+    """
+    n, nz = codes.shape
+    eigenvalues, _ = covariance_eigenvalues(codes)
+    of_prior = prior_scores(n, nz, pz_scale)
+    return {
+        "test_mmd": exact_mmd(codes, Kernel(nz, pz_scale, device=codes.device)).item(),
+        "test_w2": gaussian_w2(codes, pz_scale).item() - of_prior["w2"],
+        "test_w2_std_of_prior": of_prior["w2_std"],
+        "eigenvalue_min": eigenvalues[0].item(),
+        "eigenvalue_max": eigenvalues[-1].item(),
+        "eigenvalue_min_of_prior": of_prior["eigenvalue_min"],
+        "eigenvalue_max_of_prior": of_prior["eigenvalue_max"],
     }
 
 

@@ -48,7 +48,8 @@ ENDINGS += (".ppm", ".pgm", ".pbm", ".tga", ".jp2", ".avif")
 NOBODYS = ("Thumbs.db", "desktop.ini")  # files that Windows leaves in folders of images
 
 # Folders that are half of a split, or beside the images.
-SPLITS = {"train", "training", "test", "testing", "test_set", "val", "valid", "validation"}
+SPLITS = {"train", "training", "training_set", "test", "testing", "test_set", "val", "valid"}
+SPLITS |= {"validation", "validation_set"}
 MASKS = {"mask", "masks", "ground_truth", "groundtruth", "labels", "annotations"}
 
 # Pillow's limits are for files of strangers. Scans are large, and Photoshop writes long texts.
@@ -373,37 +374,39 @@ def hold_out(names: Sequence[str], n_test: int) -> np.ndarray:
     return np.sort(np.array(held_out, int))
 
 
-def describe_split(root: Path, data: Data) -> None:
-    """Says how many images of which folders are trained on and held out, and what looks wrong."""
+def count_images(data: Data) -> str:
+    """How many images of which folders are trained on and held out, and how many are both."""
     train, test = (
-        Counter(data.names[row].rpartition("/")[0] or "." for row in rows)
+        Counter(os.path.dirname(data.names[row]) or "." for row in rows)
         for rows in (data.train, data.test)
     )
     folders = list(train | test)
-    shown = [f"{name} {train[name]} + {test[name]}" for name in folders[:5]]
-    shown += [f"{len(folders) - 5} more"] if len(folders) > 5 else []
-    total = f"{len(data.train)} images to train on + {len(data.test)} held out"
-    warn(f"{total}, by folder: {', '.join(shown)}")
+    shown = [f"{folder} {train[folder]} + {test[folder]}" for folder in folders[:5]]
+    if len(folders) > 5:
+        shown.append(f"and {len(folders) - 5} more folders")
+    text = f"{len(data.train)} images + {len(data.test)} held out ({', '.join(shown)})"
     twice = int(np.isin(data.firsts[data.test], data.firsts[data.train]).sum())
-    if twice:
-        warn(f"{twice} of the held-out images have the pixels of images that are trained on")
+    return text + (f", of which {twice} are also trained on, by equal pixels" if twice else "")
+
+
+def warn_of_folders(root: Path, names: Sequence[str]) -> None:
+    """Says what to type where folders are halves of a split, or masks beside images."""
     beside = defaultdict(set)  # the folders in each folder
-    for name in folders:
-        parts = name.split("/")
-        for depth, part in enumerate(parts):
-            beside["/".join(parts[:depth])].add(part)
-    for folder, names in beside.items():
-        splits = sorted(name for name in names if name.lower() in SPLITS)
-        masks = sorted(name for name in names if name.lower() in MASKS)
+    for name in names:
+        *parents, _ = name.split("/")
+        for depth, part in enumerate(parents):
+            beside[root.joinpath(*parents[:depth])].add(part)
+    for folder, inside in beside.items():
+        splits = sorted(inside & SPLITS, key=lambda name: not name.startswith("train"))
+        masks = sorted(inside & MASKS)
+        others = sorted(inside - MASKS)
         if len(splits) > 1:
-            train_first = sorted(splits, key=lambda name: not name.lower().startswith("train"))
-            one, other = (root / folder / name for name in train_first[:2])
-            hint = f"--dataroot={one} --testroot={other} keeps them apart"
-            warn(f"{' and '.join(splits)} are beside each other and trained on alike; {hint}")
-        elif masks and len(names) > 1:
-            image = sorted(names - set(masks))[0]
-            hint = f"--dataroot={root / folder / image} leaves them out"
-            warn(f"{' and '.join(masks)} in {root / folder}: are these images? {hint}")
+            train, test, *_ = (folder / name for name in splits)
+            hint = f"--dataroot={train} --testroot={test} tells them apart"
+            warn(f"{', '.join(splits)} in {folder} are all trained on; {hint}")
+        elif masks and others:
+            hint = f"--dataroot={folder / others[0]} leaves them out"
+            warn(f"{', '.join(masks)} in {folder} are trained on; {hint}")
 
 
 def put_on_device(images: np.ndarray, device: torch.device) -> Images:
@@ -774,10 +777,10 @@ class Log:
         if self.board:
             self.board.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
-    def close(self) -> None:
-        """Flushes TensorBoard's file."""
+    def flush(self) -> None:
+        """Writes what TensorBoard has not written yet."""
         if self.board:
-            self.board.close()
+            self.board.flush()
 
 
 # --------------------------------------------------------------------------------------------------

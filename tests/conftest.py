@@ -12,8 +12,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
 
-from kill_and_resume import draw_faces  # noqa: E402
-from program import TINY, run  # noqa: E402
+from program import TINY, draw_faces, run  # noqa: E402
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Runs main.py many times without paying for its imports each time.
+"""Runs main.py many times without paying for its imports each time, and reads what it leaves.
 
 A server imports main.py, uses nothing of it, and forks for each command line. The fork runs
 `main.main()` as `python3 main.py ...` does, in a process of its own, with its own exit status, that
@@ -14,7 +14,6 @@ import os
 import resource
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -23,9 +22,11 @@ from unittest import mock
 
 import torch
 
+import download_datasets
+
 REPO = Path(__file__).resolve().parent.parent
 TINY = ("--image_size=32", "--nf=2", "--nz=4", "--batch_size=8", "--n_test=6", "--print_every=1")
-TINY += ("--n_samples=10", "--checkpoint_every=0")
+TINY += ("--n_samples=10", "--checkpoint_every=0", "--no-e_pretrain")
 ENDLESS = ("--niter=100000", "--sample_every=100000")
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -36,16 +37,10 @@ def start(target: Callable[..., None], *args: object) -> multiprocessing.process
     """A process, forked from the server, that runs target(*args)."""
     with mock.patch.dict(os.environ, PYTHONPATH=str(REPO), OMP_NUM_THREADS="1"):
         multiprocessing.forkserver.ensure_running()
-    process = CONTEXT.Process(target=_call, args=(target, *args))
+    process = CONTEXT.Process(target=target, args=args)
     process.start()
     atexit.register(process.kill)  # where a test failed, it may have no end
     return process
-
-
-def _call(target: Callable[..., None], *args: object) -> None:
-    """Calls the target, whose own processes start as they do by default: a server takes seconds."""
-    multiprocessing.set_start_method(None, force=True)
-    target(*args)
 
 
 def _main(argv: list[str], folder: Path, options: dict) -> None:
@@ -67,7 +62,6 @@ def _main(argv: list[str], folder: Path, options: dict) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (options["max_bytes"],) * 2)
     import main
 
-    main.tqdm.set_lock(threading.RLock())  # tqdm's own is shared, and who is killed never frees it
     sys.argv = ["main.py", *argv]
     if "change" in options:
         options["change"]()
@@ -133,7 +127,7 @@ class Program:
 
     @property
     def err(self) -> str:
-        """What it printed on standard error: messages, progress bars, tracebacks."""
+        """What it printed on standard error: messages and tracebacks."""
         return self.said("stderr")
 
     def said(self, name: str) -> str:
@@ -143,8 +137,9 @@ class Program:
 
     @property
     def messages(self) -> list[str]:
-        """The lines on standard error that are no progress bar."""
-        return [line for line in self.err.splitlines() if line.strip() and "%|" not in line]
+        """The lines on standard error, less the one that each training begins with."""
+        lines = self.err.splitlines()
+        return [line for line in lines if line.strip() and " images to train on + " not in line]
 
 
 def run(folder: Path, *argv: object, **options: object) -> Program:
@@ -169,6 +164,12 @@ def all_end(pids: Iterable[int]) -> bool:
     return not running
 
 
+def draw_faces(folder: Path, n_images: int) -> Path:
+    """Makes toy faces. Returns the folder for --dataroot."""
+    download_datasets.get_toy(folder, n_images)
+    return folder / "toy"
+
+
 def load(outf: Path, name: str = "checkpoint.pth.tar") -> dict[str, Any]:
     """A checkpoint of a run."""
     return torch.load(outf / name, weights_only=True)
@@ -188,3 +189,33 @@ def log_lines(outf: Path) -> int:
     """Rows of the log so far, with the heading."""
     log = outf / "log.csv"
     return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def unequal(a: Any, b: Any, name: str) -> list[str]:
+    """Names of what differs, in any bit, between two values from checkpoints."""
+    if isinstance(a, dict) and isinstance(b, dict) and list(a) == list(b):
+        return [place for key in a for place in unequal(a[key], b[key], f"{name}/{key}")]
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape
+        same = same and a.numpy().tobytes() == b.numpy().tobytes()
+    else:
+        same = type(a) is type(b) and a == b
+    return [] if same else [name]
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """Names of what differs between the folders of two runs, leaving out the log's clock."""
+    names = [{path.name for path in folder.iterdir()} - {".lock"} for folder in (a, b)]
+    found = [f"{name}: only one has it" for name in sorted(names[0] ^ names[1])]
+    logs = [[row | {"images_per_s": ""} for row in rows(folder)] for folder in (a, b)]
+    found += unequal(*logs, "log.csv")
+    states = []
+    for folder in (a, b):
+        state = load(folder)
+        assert state.pop("log") == (folder / "log.csv").read_text()
+        states.append(state)
+    found += unequal(*states, "checkpoint.pth.tar")
+    for name in sorted(name for name in names[0] & names[1] if name.endswith(".png")):
+        found += unequal((a / name).read_bytes(), (b / name).read_bytes(), name)
+    metrics = [(folder / "metrics.json").read_text() for folder in (a, b)]
+    return found + unequal(*metrics, "metrics.json")
