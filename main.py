@@ -486,6 +486,7 @@ def pretrain_encoder(run: Run, data: Data) -> None:
     rows = (rng.integers(len(data.train), size=PRETRAIN_BATCH) for _ in range(PRETRAIN_STEPS))
     batches = utils.batches(data.images, (data.train[i] for i in rows), run.world.device)
     target = model.pretrain_floor(PRETRAIN_BATCH, flags.nz, flags.pz_scale)
+    run.net.train()
     with utils.progress("pretraining", PRETRAIN_STEPS) as bar:
         for step, batch in enumerate(batches):
             utils.set_seed(flags.seed, "pretrain", step)
@@ -544,9 +545,8 @@ def train(run: Run, data: Data) -> int:
     step = Step(run)
     if flags.graph and flags.cuda and world.size == 1:
         step = utils.Recorded(step)
-    weights = sum(weight.numel() for weight in run.net.parameters()) / 1e6
-    machine = f"{world.size} x {world.device.type}"
-    size = f"{weights:.1f} million weights; {machine}; {per_epoch} steps an epoch"
+    weights = sum(weight.numel() for weight in run.net.parameters())
+    size = f"{weights:,} weights; {world.size} x {world.device.type}; {per_epoch} steps an epoch"
     utils.say(f"{utils.count_images(data)}; {size}")
     if first:
         utils.warn(f"continuing the run in {flags.outf} from step {first} of {last}")

@@ -1,10 +1,19 @@
-"""Interruptions, broken checkpoints, full disks, wrong flags: what is said, and what is left."""
+"""Interruptions, broken checkpoints, full disks: what is said, and what is left.
 
-import io
+KILLS=20 python3 -m pytest tests/test_survival.py -k killed -n 2 -s
+
+makes a longer series of kills. Where nothing needs a process of its own, the program runs in the
+process of the test.
+"""
+
 import math
 import os
+import pty
+import random
 import shutil
 import signal
+import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -12,14 +21,12 @@ from typing import Any
 
 import pytest
 import torch
-from kill_and_resume import compare, differences, flags_of
-from PIL import Image
-from program import ENDLESS, TINY, Program, load, log_lines, run, steps
+from program import ENDLESS, Program, after_step, differences, load, log_lines, run, steps
 
 import main
 import utils
 
-CHECKPOINTS = ("checkpoint.pth.tar", "model_best.pth.tar")
+CHECKPOINT = "checkpoint.pth.tar"
 STOPPING = "main.py: stopping after this step; Ctrl-C again stops at once"
 
 
@@ -35,208 +42,278 @@ def mmd_flags(tiny_flags):
     return (*tiny_flags, "--mode=mmd")
 
 
-def continued(folder: Path, tmp_path: Path) -> tuple[Path, str]:
-    """A copy of a trained run's folder, and the flag to continue it."""
-    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
-    return copy, f"--checkpoint={copy / 'checkpoint.pth.tar'}"
+@pytest.fixture(autouse=True)
+def step(monkeypatch):
+    """Puts the training step back where a test changes it."""
+    monkeypatch.setattr(main, "Step", main.Step)
 
 
-def ignore_hangup() -> None:
-    """What nohup does."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.fixture
+def copy(trained, tmp_path):
+    """A copy of the folder of a run of WAE-MMD, which may be changed."""
+    return Path(shutil.copytree(trained["mmd"], tmp_path / "copy"))
 
 
-def test_train_signals(tiny_flags, tmp_path):
-    """Each ends the step and saves it, the same command continues, and no bit tells of it all."""
-    outf, whole = tmp_path / "a run", tmp_path / "whole"
-    flags = [*tiny_flags, "--mode=gan", "--batch_size=2", "--niter=4", "--sample_every=9"]
-    lines = 4  # of the log, with the heading: three steps of the twelve of an epoch
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        program = Program(tmp_path / "output", *flags, f"--outf={outf}")
-        program.wait_until(lambda lines=lines: log_lines(outf) >= lines)
-        program.kill(number)
-        assert program.wait() == 128 + number, program.err
+def send(number: int, *_: object) -> None:
+    """Sends a signal to this process."""
+    os.kill(os.getpid(), number)
+
+
+# --------------------------------------------------------------------------------------------------
+# Interrupted runs
+
+
+@pytest.mark.parametrize("mode", ["gan", "mmd", "vae"])
+def test_train_continued(mode, tiny_flags, tmp_path, monkeypatch):
+    """Stopped in two epochs and at the end of the last, a run has the bits of one that was not."""
+    outf = tmp_path / "out"
+    monkeypatch.setattr(main, "PRETRAIN_STEPS", 3)
+    flags = [*tiny_flags, f"--mode={mode}", "--e_pretrain", "--niter=2", "--checkpoint_every=1e9"]
+    assert main.execute([*flags, f"--outf={tmp_path / 'whole'}"]) == 0
+    flags += [f"--outf={outf}"]
+    for number, signum in ((2, signal.SIGTERM), (4, signal.SIGINT)):
+        after_step(number, partial(send, signum))
+        assert main.execute(flags) == 128 + signum
         stopped = load(outf)
-        told = f"stopped after step {stopped['step']} of 48; the same command continues"
-        assert program.messages[-2:] == [STOPPING, f"main.py: {told}"]
+        assert stopped["step"] == number and stopped["mixture"] is None
         assert stopped["log"] == (outf / "log.csv").read_text()
-        assert steps(outf) == list(range(1, stopped["step"] + 1))
-        lines = log_lines(outf) + 4
-    again = run(tmp_path / "output", *flags, f"--outf={outf}").succeeds()
-    step = stopped["step"]
-    assert again.messages == [f"main.py: continuing the run in {outf} from step {step} of 48"]
-
-    left = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "3"}  # by some other program
-    flags += [f"--outf={whole}"]
-    program = Program(tmp_path / "output", *flags, change=ignore_hangup, env=left)
-    program.wait_until(lambda: log_lines(whole) >= 4)
-    program.kill(signal.SIGHUP)
-    program.succeeds()
-    assert differences(whole, outf) == []
+        assert steps(outf) == list(range(1, number + 1))
+    with monkeypatch.context() as patch:
+        draw = main.sample_grids
+        patch.setattr(main, "sample_grids", lambda *run: send(signal.SIGTERM) or draw(*run))
+        assert main.execute(flags) == 128 + signal.SIGTERM
+    assert load(outf)["step"] == 6 and not (outf / "metrics.json").exists()
+    assert main.execute(flags) == 0
+    assert differences(tmp_path / "whole", outf) == []
 
 
-def make_steps_endless() -> None:
-    """Lets no training step end."""
-
-    def train_step(*_: object) -> None:
-        utils.warn("a step begins")
-        time.sleep(1000)
-
-    main.train_step = train_step
-
-
-def test_train_second_interrupt(tiny_flags, tmp_path):
-    program = Program(tmp_path, *tiny_flags, f"--outf={tmp_path / 'x'}", change=make_steps_endless)
-    for message in ("a step begins", "stopping"):
-        program.wait_until(lambda message=message: message in program.err)
-        program.kill(signal.SIGINT)
-    assert program.wait() == 130
-    assert program.messages == ["main.py: a step begins", STOPPING, "main.py: interrupted"]
-    assert not list((tmp_path / "x").glob("*checkpoint*"))
+def on_terminal(name: str) -> None:
+    """Makes the terminal of that name this process's own."""
+    os.setsid()
+    terminal = os.open(name, os.O_RDWR)
+    for number, stream in ((1, "stdout"), (2, "stderr")):
+        os.dup2(terminal, number)
+        setattr(sys, stream, open(number, "w", closefd=False))  # noqa: SIM115
 
 
-def test_evaluate_any_number_of_interrupts(trained, tmp_path):
-    """A burst ends with the status of the first, and changes nothing."""
-    outf = Path(shutil.copytree(trained["mmd"], tmp_path / "x"))
-    program = Program(tmp_path, f"--outf={outf}", "--evaluate", "--n_samples=50000")
-    program.wait_until(lambda: "samples_prior:" in program.err)
-    for _ in range(30):
-        program.kill(signal.SIGINT)
-        time.sleep(0.002)
-    assert program.wait() == 130
-    assert set(program.messages) == {"main.py: interrupted"}
-    assert differences(trained["mmd"], outf) == ["eval: only one has it"]
+@pytest.mark.parametrize(
+    "events",
+    [
+        ("closed", signal.SIGHUP),  # a window: its program and the kernel send one each
+        (signal.SIGHUP, signal.SIGTERM),  # a log-out
+        (signal.SIGUSR1,),
+        (signal.SIGUSR2, signal.SIGTERM),
+        ("Ctrl-C", "closed"),
+    ],
+    ids=str,
+)
+def test_train_on_a_terminal(events, mmd_flags, tmp_path):
+    """Whatever it sends, and however often, the step ends and is saved."""
+    outf = tmp_path / "out"
+    terminal, other_end = pty.openpty()
+    change = partial(on_terminal, os.ttyname(other_end))
+    program = Program(tmp_path, *mmd_flags, *ENDLESS, f"--outf={outf}", change=change)
+    program.wait_until(lambda: log_lines(outf) > 2)
+    assert b"%|" in os.read(terminal, 100_000)
+    for event in events:
+        if event == "Ctrl-C":
+            os.write(terminal, b"\x03")
+        elif event == "closed":
+            os.close(terminal)
+        else:
+            program.kill(event)
+    assert program.wait() - 128 in (signal.SIGHUP, signal.SIGINT, *events)
+    assert steps(outf) == list(range(1, load(outf)["step"] + 1))
 
 
 @pytest.mark.parametrize("what", ["closed", "full", "pipe"])
-def test_main_output_that_goes_nowhere(what, trained, mmd_flags, tmp_path):
-    """Neither does it end a run nor keep Ctrl-C from writing a checkpoint."""
-    outf = tmp_path / "x"
+def test_train_output_that_goes_nowhere(what, mmd_flags, tmp_path):
+    """It does not keep Ctrl-C from writing a checkpoint."""
+    outf = tmp_path / "out"
     where = {"closed": None, "full": "/dev/full", "pipe": tmp_path / "pipe"}[what]
     os.mkfifo(tmp_path / "pipe")
-    for flags, status in ((ENDLESS, 130), (["--niter=1"], 0)):
-        flags = [*mmd_flags, *flags, f"--outf={outf}"]
-        program = Program(tmp_path, *flags, stdout=where, stderr=where)
-        if what == "pipe":  # whose reader is gone, as `2>&1 | head -1`
-            reader = os.open(where, os.O_RDONLY)
-            program.wait_until(lambda: outf.exists())
-            os.close(reader)
-        if status:
-            program.wait_until(lambda: log_lines(outf) > 4)
-            program.kill(signal.SIGINT)
-        assert program.wait() == status
-        if status:
-            assert steps(outf) == list(range(1, load(outf)["step"] + 1))
-            shutil.rmtree(outf)
-    assert differences(trained["mmd"], outf) == []
+    flags = [*mmd_flags, *ENDLESS, f"--outf={outf}", "--checkpoint_every=1e9"]
+    program = Program(tmp_path, *flags, stdout=where, stderr=where)
+    reader = os.open(where, os.O_RDONLY) if what == "pipe" else None
+    program.wait_until(lambda: log_lines(outf) > 2)
+    if reader:  # as in `2>&1 | tee`, which Ctrl-C ends, too
+        os.close(reader)
+    program.kill(signal.SIGINT)
+    assert program.wait() == 130
+    assert steps(outf) == list(range(1, load(outf)["step"] + 1))
 
 
-def test_output():
-    """A stream of a notebook, which cannot be reconfigured; bars are lines but on a terminal."""
-    stream = io.StringIO()
-    output = utils.Output(stream)
-    for text in ("a\n", "\r  1%|", "\r  2%|", "\r    \r", "b\n"):
-        output.write(text)
-    assert stream.getvalue() == "a\n1%|\n2%|\nb\n" and output.getvalue() == stream.getvalue()
-    stream.isatty = lambda: True
-    output.write("\r  3%|")
-    assert stream.getvalue().endswith("b\n\r  3%|")
+def hang(_run: object) -> None:
+    """Lets a step have no end."""
+    utils.warn("hanging")
+    time.sleep(1000)
+
+
+def test_train_second_interrupt(mmd_flags, tmp_path):
+    """It ends a step that has no end."""
+    outf = tmp_path / "out"
+    change = partial(after_step, 1, hang)
+    program = Program(tmp_path, *mmd_flags, f"--outf={outf}", change=change)
+    for message in ("hanging", "stopping"):
+        program.wait_until(lambda message=message: message in program.err)
+        program.kill(signal.SIGINT)
+    assert program.wait() == 130
+    told = ["main.py: hanging", STOPPING, "main.py: error: interrupted"]
+    assert program.messages == told
+    assert not (outf / CHECKPOINT).exists()
+
+
+def test_evaluate_interrupted(copy, trained, tmp_path):
+    """One line, and the run is as it was."""
+    program = Program(tmp_path, f"--outf={copy}", "--evaluate", "--n_samples=50000")
+    program.wait_until((copy / "eval" / "samples_prior").exists)
+    program.kill(signal.SIGINT)
+    program.fails(130, "interrupted")
+    assert differences(trained["mmd"], copy) == ["eval: only one has it"]
+
+
+def test_execute_leaves_handlers(mmd_flags, trained, tmp_path):
+    """The caller's are put back, and a signal that it ignores, as nohup does, is ignored."""
+    handlers = {number: signal.getsignal(number) for number in utils.Stop.SIGNALS}
+    mine = handlers | {signal.SIGHUP: signal.SIG_IGN, signal.SIGUSR1: lambda *_: None}
+    after_step(2, partial(send, signal.SIGHUP))
+    try:
+        for number, handler in mine.items():
+            signal.signal(number, handler)
+        assert main.execute([*mmd_flags, f"--outf={tmp_path / 'x'}"]) == 0
+        assert {number: signal.getsignal(number) for number in mine} == mine
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert differences(trained["mmd"], tmp_path / "x") == []
+
+
+def test_execute_in_a_thread(mmd_flags, trained, tmp_path):
+    """Where no handler can be set, it trains as ever."""
+    done = []
+    argv = [*mmd_flags, f"--outf={tmp_path / 'x'}"]
+    thread = threading.Thread(target=lambda: done.append(main.execute(argv)))
+    thread.start()
+    thread.join()
+    assert done == [0]
+    assert differences(trained["mmd"], tmp_path / "x") == []
+
+
+def changed(path: Path) -> tuple[int, int] | None:
+    """A value that differs each time that the file is replaced or written."""
+    try:
+        return path.stat().st_ino, path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return None
+
+
+def kill(program: Program, outf: Path, moment: str, epochs: int, rng: random.Random) -> None:
+    """Kills a run at a moment of that kind, or lets it end if it does not get there.
+
+    Moments are told by what the run writes, not by the clock: a machine may be slow, or busy.
+    """
+    half, log = outf / f".{CHECKPOINT}.tmp", outf / "log.csv"
+    before = {path: changed(path) for path in (half, log)}
+    if moment == "start":
+        time.sleep(rng.uniform(0, 0.5))
+    elif moment == "checkpoint":
+        program.wait_until(lambda: changed(half) not in (None, before[half]))
+        time.sleep(rng.choice([0, rng.uniform(0, 0.01)]))
+    elif moment == "training":
+        program.wait_until(lambda: changed(log) != before[log])  # it begins by replacing the log
+        lines = log_lines(outf) + rng.randrange(5)
+        program.wait_until(lambda: log_lines(outf) >= lines)
+    else:
+        program.wait_until(lambda: f"epoch {epochs}/{epochs}: " in program.out)
+        time.sleep(rng.uniform(0, 0.1))
+    program.kill(signal.SIGKILL)
 
 
 @pytest.mark.parametrize("mode", ["gan", "mmd"])
-def test_main_killed_three_times(mode, toy_faces, tmp_path):
-    """The short form of kill_and_resume.py."""
-    tally, found = compare(tmp_path, flags_of(mode, toy_faces, epochs=6), kills=3, seed=0)
-    assert tally["kills"] == 3
-    assert found == []
+def test_train_killed(mode, tiny_flags, tmp_path):
+    """By SIGKILL at any moment and continued, a run has the bits of one that was not."""
+    kills = int(os.environ.get("KILLS", 3))
+    flags = [*tiny_flags, f"--mode={mode}", f"--niter={2 * kills}"]
+    run(tmp_path, *flags, f"--outf={tmp_path / 'whole'}").succeeds()
+    outf, rng = tmp_path / "killed", random.Random(kills)
+    half_written = 0
+    moments = ["checkpoint", "training", *rng.choices(["checkpoint", "training", "start"], k=kills)]
+    for moment in [*moments[: kills - 1], "evaluation"]:
+        program = Program(tmp_path, *flags, f"--outf={outf}")
+        kill(program, outf, moment, 2 * kills, rng)
+        assert program.wait() == -signal.SIGKILL, (moment, program.err)
+        half_written += (outf / f".{CHECKPOINT}.tmp").exists()
+    run(tmp_path, *flags, f"--outf={outf}").succeeds()
+    assert differences(tmp_path / "whole", outf) == []
+    print(f"{mode}: {kills} kills, a half-written checkpoint after {half_written}")
 
 
-def test_train_checkpoint_every(mmd_flags, tmp_path):
-    """It decides when checkpoints are written, not what is in the last."""
-    for seconds in ("0", "1e9"):
-        flags = [*mmd_flags, "--niter=3", f"--checkpoint_every={seconds}"]
-        program = Program(tmp_path, *flags, f"--outf={tmp_path / seconds}")
-        written = tmp_path / seconds / "checkpoint.pth.tar"
-        program.wait_until(lambda written=written: written.exists())
-        first = load(tmp_path / seconds)["step"]
-        assert first in ([9] if seconds == "1e9" else [3, 6, 9])
-        program.succeeds()
-    flag = "flags/checkpoint_every"
-    found = {"args.json/checkpoint_every", *(f"{name}/{flag}" for name in CHECKPOINTS)}
-    assert set(differences(tmp_path / "0", tmp_path / "1e9")) == found
+@pytest.mark.parametrize(("seconds", "saved"), [("0", [2, 3, 4, 6, 6, 6]), ("1e9", [6])])
+def test_train_checkpoint_every(seconds, saved, mmd_flags, tmp_path, monkeypatch):
+    """Checkpoints are written at rows of the log and ends of epochs, when it is time, and last."""
+    steps_saved = []
+    save = main.save
+    monkeypatch.setattr(main, "save", lambda r, *_: steps_saved.append(r.step) or save(r, *_))
+    flags = [*mmd_flags, "--niter=2", "--print_every=2", f"--checkpoint_every={seconds}"]
+    assert main.execute([*flags, f"--outf={tmp_path / 'x'}"]) == 0
+    assert steps_saved == saved
 
 
-def test_train_best(trained, tmp_path):
-    """The best networks alone: they can be evaluated, not continued."""
-    best = trained["gan"] / "model_best.pth.tar"
-    kept = {"flags", "images", "n_train", "step", "best", "net", "discriminator"}
-    assert set(load(trained["gan"], best.name)) == kept
-    flags = [f"--checkpoint={best}", f"--outf={tmp_path / 'x'}"]
-    with pytest.raises(utils.UserError, match=f"^{best} has no optimiser states: it can be eval"):
-        main.execute([*flags, "--niter=2"])
-    assert main.execute([*flags, "--evaluate"]) == 0
+# --------------------------------------------------------------------------------------------------
+# Folders that have something in them already
 
 
-def hold(path: Path) -> None:
-    """Holds the program between its first look at --outf and the lock, until the path exists."""
-    get_world = utils.get_world
+def test_execute_complete(trained, mmd_flags, tmp_path, monkeypatch, capfd):
+    """Another process may complete the run while this one waits to lock the folder."""
+    outf = tmp_path / "out"
+    lock = utils.lock
 
-    def wait(*args: object) -> utils.World:
-        print("waiting", flush=True)
-        while not path.exists():
-            time.sleep(0.01)
-        return get_world(*args)
+    def late(folder: Path) -> Any:
+        shutil.copytree(trained["mmd"], folder, dirs_exist_ok=True)
+        return lock(folder)
 
-    utils.get_world = wait
-
-
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_execute_run_that_ended_meanwhile(epochs, trained, mmd_flags, tmp_path):
-    """Another one, in the same folder: it is complete, or continued, and not begun again."""
-    outf, go = tmp_path / "copy", tmp_path / "go"
-    flags = [*mmd_flags, f"--niter={epochs}", f"--outf={outf}"]
-    program = Program(tmp_path / "o", *flags, change=partial(hold, go))
-    program.wait_until(lambda: "waiting" in program.out)
-    continued(trained["mmd"], tmp_path)
-    before = contents(outf)
-    go.touch()
-    program.succeeds()
-    if epochs == 1:
-        told = f"waiting\nthe run in {outf} is complete; a larger --niter continues it\n"
-        assert (program.out, program.err) == (told, "") and contents(outf) == before
-    else:
-        assert program.messages == [f"main.py: continuing the run in {outf} from step 3 of 6"]
-        assert steps(outf) == list(range(1, 7))
+    monkeypatch.setattr(utils, "lock", late)
+    assert main.execute([*mmd_flags, f"--outf={outf}"]) == 0
+    told = f"the run in {outf} is complete; a larger --niter continues it\n"
+    assert capfd.readouterr() == (told, "")
+    assert contents(outf) == contents(trained["mmd"])
 
 
-def test_execute_folder_in_use(trained, mmd_flags, tmp_path):
-    outf, _ = continued(trained["mmd"], tmp_path)
-    first = Program(tmp_path / "first", *mmd_flags, *ENDLESS, f"--outf={outf}")
-    first.wait_until(lambda: log_lines(outf) > 6)
-    for second in ("--niter=2", "--evaluate"):
-        with pytest.raises(
-            utils.UserError, match=f"{outf} is in use by process {first.process.pid}:"
-        ):
-            main.execute([*mmd_flags, f"--outf={outf}", second])
+def test_train_anew(copy, mmd_flags):
+    """What an earlier run left is not taken for the new one's."""
+    (copy / CHECKPOINT).unlink()
+    after_step(1, partial(send, signal.SIGTERM))
+    assert main.execute([*mmd_flags, "--seed=2", f"--outf={copy}"]) == 143
+    assert load(copy)["mixture"] is None
+    assert not {"metrics.json", "codes.png"} & set(os.listdir(copy))
+    with pytest.raises(utils.UserError, match="mixture: it is fitted after the last epoch"):
+        main.execute([f"--outf={copy}", "--generate=2", "--density=mixture"])
+
+
+def test_execute_folder_in_use(copy, mmd_flags, tmp_path):
+    """A second run is refused; an evaluation of the last checkpoint is not."""
+    first = Program(tmp_path / "first", *mmd_flags, *ENDLESS, f"--outf={copy}")
+    first.wait_until(lambda: log_lines(copy) > 6)
+    with pytest.raises(utils.UserError, match=f"^{copy} is in use by another process: "):
+        main.execute([*mmd_flags, f"--outf={copy}", "--niter=2"])
+    assert main.execute([f"--outf={copy}", "--evaluate"]) == 0
     first.kill(signal.SIGKILL)
     first.wait()
-    assert main.execute([f"--outf={outf}", "--evaluate"]) == 0
+    epochs = load(copy)["step"] // 3 + 1
+    assert main.execute([*mmd_flags, f"--outf={copy}", f"--niter={epochs}"]) == 0
+    assert steps(copy) == list(range(1, 3 * epochs + 1))
 
 
-def test_load_data_other_images(trained, tmp_path):
-    """An error for a run, which would mix held-out and training images, and a word otherwise."""
-    data = tmp_path / "data" / "all"
-    data.mkdir(parents=True)
-    for i in range(30):  # as long as any other BMP
-        Image.new("RGB", (140, 140), (i, 0, 0)).save(data / f"{i:02d}.bmp")
-    outf, flags = tmp_path / "x", [*TINY, "--mode=mmd", f"--dataroot={data.parent}"]
-    run(tmp_path, *flags, "--niter=1", f"--outf={outf}").succeeds()
-    Image.new("RGB", (140, 140), "white").save(data / "07.bmp")
-    before = contents(outf)
-    told = f"--dataroot={data.parent}: not the images that the checkpoint was trained on"
-    run(tmp_path, *flags, "--niter=2", f"--outf={outf}").fails(1, told, "start again in another")
-    assert contents(outf) == before
-    assert run(tmp_path, f"--outf={outf}", "--evaluate").succeeds().messages == [f"main.py: {told}"]
+def test_load_data_other_images(copy, mmd_flags, toy_faces, tmp_path):
+    """A copy of the folder is as good; other images would mix those held out and trained on."""
+    data = shutil.copytree(toy_faces, tmp_path / "data")
+    flags = [*mmd_flags, f"--outf={copy}", f"--dataroot={data}"]
+    assert main.execute([*flags, "--niter=2"]) == 0
+    shutil.copy(*(data / "img_align_toy" / f"{number:06d}.jpg" for number in (1, 7)))
+    before = contents(copy)
+    with pytest.raises(utils.UserError, match=f"^{data}: not the images that the run was trained"):
+        main.execute([*flags, "--niter=3"])
+    assert contents(copy) == before
 
 
 class Hostile:
@@ -249,94 +326,91 @@ class Hostile:
         return os.mkdir, (str(self.mark),)
 
 
-BROKEN = ["missing", "folder", "fifo", "empty", "text", "cut", "hostile", "densities"]
+EDITS = {
+    "hostile": lambda state, mark: state.update(more=Hostile(mark)),
+    "other program's": lambda state, _: state.pop("net"),
+    "other flags": lambda state, _: state["flags"].update(nz=8),
+    "other shapes": lambda state, _: state["net"].update({"encoder.moments.bias": torch.ones(3)}),
+}
+BROKEN = {
+    "folder": "no such file",
+    "fifo": "no such file",
+    "empty": "not a whole checkpoint",
+    "text": "not a whole checkpoint",
+    "cut": "not a whole checkpoint",
+    "hostile": "not a whole checkpoint",
+    "other program's": "not a checkpoint of this program",
+    "other flags": "with different flags: --nz=4 .checkpoint: 8",
+    "other shapes": "the checkpoint's net has other shapes",
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)
-def test_load_checkpoint_broken(what, trained, tmp_path):
-    path, mark, whole = tmp_path / "broken.pth.tar", tmp_path / "executed", trained["mmd"]
+def test_load_checkpoint_broken(what, copy, mmd_flags, tmp_path):
+    """One line, and nothing is touched, still less executed."""
+    path, mark = copy / CHECKPOINT, tmp_path / "executed"
+    state, half = load(copy), path.read_bytes()[:20000]
+    path.unlink()
     if what == "folder":
         path.mkdir()
     elif what == "fifo":
         os.mkfifo(path)
-    elif what == "hostile":
-        torch.save(load(whole) | {"more": Hostile(mark)}, path)
-    elif what == "densities":  # a file of this program, but another one
-        shutil.copy(whole / "densities.pth.tar", path)
-    elif what != "missing":
-        half = (whole / "checkpoint.pth.tar").read_bytes()[:20000]
+    elif what in EDITS:
+        EDITS[what](state, mark)
+        torch.save(state, path)
+    else:
         path.write_bytes({"empty": b"", "text": b"not a checkpoint\n" * 100, "cut": half}[what])
-    with pytest.raises(utils.UserError, match=f"^{path}: (no such|not a|cannot)"):
-        main.execute([f"--checkpoint={path}", "--evaluate", f"--outf={tmp_path / 'x'}"])
-    assert not mark.exists() and not (tmp_path / "x").exists()
+    before = contents(copy)
+    with pytest.raises(utils.UserError, match=BROKEN[what]):
+        main.execute([*mmd_flags, f"--outf={copy}", "--niter=2"])
+    assert contents(copy) == before and not mark.exists()
 
 
-WEIGHT = "encoder.moments.bias"
-EDITS = {
-    "not a checkpoint of this program": lambda state: state.pop("net"),
-    "net does not fit its flags": lambda state: state["net"].update({WEIGHT: torch.zeros(3)}),
-    "not finite, or above 1e6": lambda state: state["net"].update({WEIGHT: torch.full((4,), 1e9)}),
-    "with different flags: --nz=4 .checkpoint: 8": lambda state: state["flags"].update(nz=8),
-}
+# --------------------------------------------------------------------------------------------------
+# Numbers that are not finite, and full disks
 
 
-@pytest.mark.parametrize("words", EDITS)
-def test_load_checkpoint_edited(words, trained, mmd_flags, tmp_path):
-    outf, _ = continued(trained["mmd"], tmp_path)
-    state = load(outf)
-    EDITS[words](state)
-    torch.save(state, outf / "checkpoint.pth.tar")
-    before = contents(outf)
-    with pytest.raises(utils.UserError, match=words):
-        main.execute([*mmd_flags, "--niter=2", f"--outf={outf}"])
-    assert contents(outf) == before
-
-
-@pytest.mark.parametrize(("batch_size", "print_every"), [(8, 1), (8, 100), (24, 1)])
-def test_train_diverges(batch_size, print_every, tiny_flags, tmp_path):
-    """Whether the log or the end of the epoch notices; a single step shows in the metrics."""
-    flags = [
-        f"--batch_size={batch_size}",
-        f"--print_every={print_every}",
-        "--lr=1e9",
-        "--LAMBDA=1e9",
-    ]
-    program = run(tmp_path, *tiny_flags, *flags, f"--outf={tmp_path / 'x'}")
-    program.fails(1, " at step ", "lower --lr")
+@pytest.mark.parametrize("print_every", [1, 100])
+def test_train_diverges(print_every, tiny_flags, tmp_path):
+    """Whether the log or the end of the epoch notices, no checkpoint is written."""
+    flags = [*tiny_flags, f"--print_every={print_every}", "--lr=1e9", "--LAMBDA=1e9"]
+    with pytest.raises(utils.UserError, match=r" at step \d; try a lower --lr"):
+        main.execute([*flags, f"--outf={tmp_path / 'x'}"])
     assert not list((tmp_path / "x").glob("*.pth.tar*"))
 
 
-def blow_up(value: float) -> None:
-    """Lets the first step break the weights, and a signal come."""
-    step = main.train_step
-
-    def train_step(run: main.Run, *args: torch.Tensor) -> torch.Tensor:
-        losses = step(run, *args)
-        with torch.no_grad():
-            run.net.decoder.layers[0].bias += value
-        os.kill(os.getpid(), signal.SIGTERM)
-        return losses
-
-    main.train_step = train_step
+def break_weights(run: main.Run) -> None:
+    """Breaks a weight and sends a signal, which asks for a checkpoint."""
+    with torch.no_grad():
+        run.net.decoder.layers[0].bias[0] = math.nan
+    send(signal.SIGTERM)
 
 
-@pytest.mark.parametrize("value", [math.nan, 1e12])
-def test_save_broken_weights(value, trained, tmp_path):
-    outf, resume = continued(trained["gan"], tmp_path)
-    before = contents(outf)
-    program = run(tmp_path, resume, "--niter=3", change=partial(blow_up, value))
-    assert program.wait() == 1 and "the weights diverged before step 4" in program.messages[-1]
-    assert all(contents(outf)[name] == before[name] for name in CHECKPOINTS)
+def test_save_broken_weights(copy):
+    """The checkpoint before stays."""
+    before = (copy / CHECKPOINT).read_bytes()
+    after_step(4, break_weights)
+    with pytest.raises(utils.UserError, match="weights are not finite at step 4"):
+        main.execute([f"--checkpoint={copy / CHECKPOINT}", "--niter=2"])
+    assert (copy / CHECKPOINT).read_bytes() == before
 
 
-@pytest.mark.parametrize(("max_bytes", "name"), [(200_000, ".pth.tar"), (600, "args.json")])
-def test_save_on_a_full_disk(max_bytes, name, trained, tmp_path):
-    outf, resume = continued(trained["gan"], tmp_path)
-    before = contents(outf)
-    program = run(tmp_path, resume, "--niter=2", max_bytes=max_bytes)
+@pytest.mark.parametrize(("max_bytes", "name"), [(50_000, ".pth.tar"), (600, "args.json")])
+def test_train_on_a_full_disk(max_bytes, name, copy, mmd_flags, tmp_path):
+    """The checkpoint before stays, no half file does, and the run continues when there is space."""
+    before = (copy / CHECKPOINT).read_bytes()
+    flags = [*mmd_flags, f"--outf={copy}", "--niter=2"]
+    program = run(tmp_path, *flags, max_bytes=max_bytes)
     assert program.wait() == 1
-    assert f"main.py: error: cannot write {outf}" in program.messages[-1]
+    assert f"main.py: error: cannot write {copy}" in program.messages[-1]
     assert name in program.messages[-1] and "File too large" in program.messages[-1]
-    assert all(contents(outf)[name] == before[name] for name in CHECKPOINTS)
-    assert {path.name for path in outf.glob(".*")} == {".lock"}
-    run(tmp_path, resume, "--niter=2").succeeds()  # there is space again
+    assert (copy / CHECKPOINT).read_bytes() == before
+    assert {path.name for path in copy.glob(".*")} == {".lock"}
+    assert main.execute(flags) == 0
+
+
+def test_lock_that_cannot_be_written(mmd_flags, tmp_path):
+    (tmp_path / "file").touch()
+    outf = tmp_path / "file" / "out"
+    with pytest.raises(utils.UserError, match=f"^cannot write {outf}/.lock: Not a directory$"):
+        main.execute([*mmd_flags, f"--outf={outf}"])
