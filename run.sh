@@ -36,29 +36,25 @@ celeba() {
 case "${1:-reproduce}" in
 reproduce)
     celeba
-    train=(python3 main.py --dataroot=data/celebA --dataset=celebA --gpu_id=0 --cuda --e_pretrain)
-    "${train[@]}" --mode=gan --noise=add_noise --LAMBDA=1 --lr=0.0003 --outf=outputs/gan
-    "${train[@]}" --mode=mmd --noise=add_noise --LAMBDA=30 --quadratic=0.3 --lr=0.001 \
-        --outf=outputs/mmd
+    for mode in gan mmd; do
+        python3 main.py --dataroot=data/celebA --cuda --mode=$mode --outf=outputs/$mode
+    done
     ;;
 paper)
     celeba
     train=(python3 main.py --dataroot=data/celebA --cuda --arch=paper --input_normalize_sym --pz_scale=1.4142)
-    "${train[@]}" --mode=vae --lr=0.0001 --niter=68 --outf=paper_outputs/vae "${@:2}"
-    "${train[@]}" --mode=mmd --noise=add_noise --LAMBDA=100 --mmd=sampled --imq_scales=1 --lr=0.001 \
-        --e_pretrain --outf=paper_outputs/mmd "${@:2}"
-    "${train[@]}" --mode=gan --noise=add_noise --LAMBDA=1 --lr=0.0003 --lr_adv=0.001 --e_pretrain \
-        --outf=paper_outputs/gan "${@:2}"
+    "${train[@]}" --mode=vae --lr=0.0001 --niter=68 --lr_schedule=paper --outf=outputs/paper/vae "${@:2}"
+    "${train[@]}" --mode=mmd --LAMBDA=100 --mmd=sampled --imq_scales=1 --quadratic=0 --outf=outputs/paper/mmd "${@:2}"
+    "${train[@]}" --mode=gan --lr_adv=0.001 --outf=outputs/paper/gan "${@:2}"
     ;;
 demo)
     install requirements.txt
     python3 download_datasets.py toy
-    # Few steps: higher rates, which fall within the run, and more weight on the codes of WAE-GAN.
-    train=(python3 main.py --dataroot=data/toy --nf=16 --niter=20 --n_samples=1000)
-    train+=(--lr=0.001 --lr_adv=0.001 --lr_schedule=scaled)
-    demo=${DEMO_OUTPUTS:-demo_outputs}
-    "${train[@]}" --mode=gan --LAMBDA=10 --outf="$demo/gan" "${@:2}"
-    "${train[@]}" --mode=mmd --quadratic=0.3 --outf="$demo/mmd" "${@:2}"
+    # There are few steps, so rates are higher, and the codes of WAE-GAN weigh more.
+    train=(python3 main.py --dataroot=data/toy --nf=16 --niter=20)
+    demo=${DEMO_OUTPUTS:-outputs/demo}
+    "${train[@]}" --mode=gan --LAMBDA=10 --lr=0.001 --lr_adv=0.001 --outf="$demo/gan" "${@:2}"
+    "${train[@]}" --mode=mmd --LAMBDA=100 --outf="$demo/mmd" "${@:2}"
     echo "Look at these pictures:"
     for model in gan mmd; do
         ls -t "$demo/$model"/fake_samples_epoch_*.png | head -n 1
