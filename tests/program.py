@@ -226,6 +226,8 @@ def differences(a: Path, b: Path) -> list[str]:
     for folder in (a, b):
         state = load(folder)
         assert state.pop("log") == (folder / "log.csv").read_text()
+        for name in ("optimizer_net", "optimizer_discriminator"):
+            state.get(name, {}).pop("param_groups", None)  # the rate, which every step sets
         states.append(state)
     found += unequal(*states, "checkpoint.pth.tar")
     for name in sorted(name for name in names[0] & names[1] if name.endswith(".png")):

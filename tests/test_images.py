@@ -1,6 +1,8 @@
-"""Images: what is found, what is decoded, the array that is kept, the batches that come out."""
+"""Images: what is found, what is held out, what is decoded and kept, the batches that come out."""
 
 import contextlib
+import errno
+import json
 import multiprocessing
 import os
 import re
@@ -8,18 +10,19 @@ import shutil
 import signal
 import threading
 import time
+from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from program import all_end, children, start
+from PIL.PngImagePlugin import PngInfo
 
+import main
 import utils
 
-CPU = torch.device("cpu")
+CPU = utils.World(0, 1, torch.device("cpu"))
 LANCZOS = Image.Resampling.LANCZOS
 
 
@@ -36,10 +39,11 @@ def save(path: Path, image: Image.Image, **options: object) -> Path:
     return path
 
 
-def photos(root: Path, n: int = 6, width: int = 20, height: int = 24) -> Path:
-    """Makes a folder of n images; BMP files of a size are all as long. Returns it."""
-    for i in range(n):
-        save(root / "faces" / f"{i:06d}.bmp", noise(width, height, i))
+def photos(root: Path, n: int = 6, folders: tuple[str, ...] = ("faces",)) -> Path:
+    """Makes folders of n images each, all different; the files are all as long. Returns root."""
+    for k, folder in enumerate(folders):
+        for i in range(n):
+            save(root / folder / f"{i:03d}.bmp", noise(20, 24, 1000 * k + i))
     return root
 
 
@@ -52,15 +56,17 @@ def square(path: Path, size: int = 16, mode: str = "RGB") -> np.ndarray:
     return np.asarray(image.resize((size, size), LANCZOS))
 
 
-def load(root: Path, **options: object) -> np.ndarray:
-    """The array of a folder, decoded in this process unless `workers` says else."""
-    return utils.load_images(root, size=16, **options)[0]
+def load(root: Path, testroot: Path | None = None, **options: object) -> utils.Data:
+    """The images of a folder, 16 pixels a side."""
+    how = {"size": 16, "crop": None, "channels": 3} | options
+    return utils.load_images(root, testroot, **how)
 
 
-def check(array: np.ndarray, root: Path, without: str = "") -> None:
+def check(data: utils.Data, root: Path, without: str = "") -> None:
     """Compares rows with the files, in order of their paths."""
-    paths = sorted((p for p in root.glob("*/*.*") if p.name != without), key=str)
-    assert np.array_equal(array, np.stack([square(path) for path in paths]))
+    paths = sorted((path for path in root.glob("*/*.*") if path.name != without), key=str)
+    assert np.array_equal(data.images, np.stack([square(path) for path in paths]))
+    assert data.names == [str(path.relative_to(root)) for path in paths]
 
 
 def arrays(folder: Path) -> list[Path]:
@@ -72,47 +78,176 @@ def arrays(folder: Path) -> list[Path]:
 @pytest.fixture
 def decoded(monkeypatch):
     """The names of the images that are decoded from here on."""
-    names, decode = [], utils.Decoded.__getitem__
-    record = lambda self, i: names.append(self.paths[i].name) or decode(self, i)  # noqa: E731
-    monkeypatch.setattr(utils.Decoded, "__getitem__", record)
+    names = []
+    decode = utils.read_image
+
+    def record(path: Path, **how: object) -> np.ndarray:
+        names.append(path.name)
+        return decode(path, **how)
+
+    monkeypatch.setattr(utils, "read_image", record)
     return names
+
+
+@pytest.fixture
+def break_reading(monkeypatch):
+    """A function that makes reading one image raise an error of that number."""
+
+    def break_one(broken: Path, number: int) -> None:
+        def read(path: Path, **how: object) -> np.ndarray:
+            if path == broken:
+                raise OSError(number, os.strerror(number), str(path))
+            return np.zeros((how["size"], how["size"], how["channels"]), np.uint8)
+
+        monkeypatch.setattr(utils, "read_image", read)
+
+    return break_one
+
+
+# --------------------------------------------------------------------------------------------------
+# What is found
 
 
 def test_find_images(tmp_path, capfd):
     root = tmp_path / ".hidden" / "data"  # the data set itself may lie in a hidden folder
-    names = ["B/1.jpg", "a b/1.JPG", "a/1.webp", "a/sub.jpg", "a/sub/1.png", "a/z.Png", "b/1.jpg"]
-    names += ["b/10.tiff", "b/2.bmp", "b/\u00e9\u4e16.jpeg", "c.jpg/5.jpg"]
+    names = ["0.jpg", "B/1.jpg", "a b/1.JPG", "a/1.webp", "a/sub.jpg", "a/sub/1.png", "a/z.Png"]
+    names += ["b/1.jpg", "b/10.tiff", "b/2.bmp", "b/\u00e9\u4e16.jpeg", "c.jpg/5.jpg"]
     names += [f"d/1.{ending}" for ending in ("gif", "jfif", "jp2", "jpe", "ppm", "tga", "tif")]
-    hidden = ["1.jpg", ".part/2.jpg", "a/.thumbnails/3.jpg", "a/._1.jpg", "a/b/.4.jpg"]
+    hidden = [".1.jpg", ".part/2.jpg", "a/.thumbnails/3.jpg", "a/@eaDir/z.Png/S_M.jpg"]
+    hidden += ["$RECYCLE.BIN/S-1/$R0.png", "@Recycle/1.jpg", "a/._1.jpg", "Thumbs.db"]
     for name in [*names, *hidden]:
-        save(root / name, noise(8, 8))
-    for name in ("a/1.txt", "b/2.TXT", "a/3.txt", "b/half.jpg.part", "a/4.part", "a/none", "x.txt"):
+        save(root / name, noise(8, 8), **{"format": "png"} if name == "Thumbs.db" else {})
+    for name in ("a/1.txt", "b/2.TXT", "a/3.txt", "b/half.jpg.part", "a/4.part", "a/none"):
         (root / name).write_text("no image")
     (root / "linked").symlink_to(save(tmp_path / "elsewhere" / "1.jpg", noise(8, 8)).parent)
+    (root / "linked again").symlink_to(tmp_path / "elsewhere")
+    (root / "d" / "loop").symlink_to(root)
+    (root / "d" / "dangling.jpg").symlink_to("nowhere.jpg")
+    os.mkfifo(root / "d" / "pipe.jpg")
     found = utils.find_images(root)
-    assert [name for name, _, _ in found] == [*names, "linked/1.jpg"]
-    status = os.stat(root / "B/1.jpg")
-    assert found[0] == ("B/1.jpg", status.st_size, status.st_mtime_ns)
+    assert len(found) == len(names) + 1  # one of the two links
+    assert [name for name in found if "linked" not in name] == names
+    status = os.stat(root / "B" / "1.jpg")
+    assert found["B/1.jpg"] == (status.st_size, status.st_ctime_ns)
     (line,) = capfd.readouterr().err.splitlines()
-    assert line.endswith("are left out: .txt (3), .part (2), none (1)")
-    assert len(load(root)) == len(found)  # all of them can be read
-    (root / "a" / "again").symlink_to("../d")
-    words = f"^--dataroot={root}: {root}/(a/again|d) is .* again, by a link;"
-    with pytest.raises(utils.UserError, match=words):
-        load(root)
+    assert "left out, by their endings: .txt (3), .part (2), none (1); images end in .jpg" in line
+    assert len(load(root).images) == len(found)  # all of them can be read
 
 
-@pytest.mark.parametrize("name", [None, "1.jpg", "faces/list.txt", ".faces/1.jpg"])
-def test_find_images_without_any(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (None, "no such folder"),
+        (".faces/1.jpg", "no image in it or in a folder inside it"),
+        ("faces/1.zip", r"no image in .*; left out, by their endings: .zip \(1\)"),
+    ],
+)
+def test_find_images_without_any(name, words, tmp_path):
     root = tmp_path / "data"
     if name is not None:
         save(root / name, noise(8, 8), format="png")
-    what = "no such folder" if name is None else "no image in a folder inside it"
-    where = f"images must lie in a folder inside it, as in {root}/sub_directory/XXX.jpg"
-    others = "; files with other .* left out: .txt .1." if name == "faces/list.txt" else ""
-    with pytest.raises(utils.UserError, match=f"^--dataroot={root}: {what}; {where}{others}$"):
+    with pytest.raises(utils.UserError, match=f"^{root}: {words}$"):
         load(root)
 
+
+# --------------------------------------------------------------------------------------------------
+# What is held out
+
+
+@pytest.mark.parametrize(
+    ("counts", "n_test", "held_out"),
+    [
+        ({"faces": 50}, 5, {"faces": 5}),
+        ({str(digit): 10 for digit in range(10)}, 10, {str(digit): 1 for digit in range(10)}),
+        ({"cats": 70, "dogs": 30}, 10, {"cats": 7, "dogs": 3}),
+        ({"": 30, "more": 10}, 20, {"": 15, "more": 5}),
+        ({str(i): 1 for i in range(10)}, 2, {"4": 1, "9": 1}),
+    ],
+)
+def test_hold_out(counts, n_test, held_out):
+    names = [os.path.join(folder, f"{i:02d}.jpg") for folder, n in counts.items() for i in range(n)]
+    rows = utils.hold_out(names, n_test)
+    assert Counter(os.path.dirname(names[row]) for row in rows) == held_out
+    for folder, n in held_out.items():  # the last ones by path
+        own = [name for name in names if os.path.dirname(name) == folder]
+        assert [names[row] for row in rows if names[row] in own] == own[-n:]
+
+
+@pytest.mark.parametrize("n_test", [1, 7, 100, 999])
+def test_hold_out_adds_up(n_test):
+    """Each folder gives its share to within one image, and all of them n_test together."""
+    counts = [1, 2, 3, 50, 144, 800]
+    names = [f"{folder}/{i:03d}.jpg" for folder, n in enumerate(counts) for i in range(n)]
+    rows = utils.hold_out(names, n_test)
+    assert len(set(rows)) == n_test
+    of_folder = Counter(names[row].split("/")[0] for row in rows)
+    for folder, n in enumerate(counts):
+        assert abs(of_folder[str(folder)] - n * n_test / 1000) < 1
+
+
+def split(root: Path, *flags: str) -> tuple[list[str], list[str]]:
+    """The names of the images that a run trains on, and of those that it holds out."""
+    argv = [f"--dataroot={root}", "--image_size=32", "--dataset=folder", "--batch_size=2", *flags]
+    data = main.load_data(main.parse([*argv, f"--outf={root}_out"])[1], None, CPU)
+    return tuple([data.names[row] for row in rows] for rows in (data.train, data.test))
+
+
+def test_split_of_a_run(tmp_path, capfd):
+    """The last tenth of each folder, and one line that says so."""
+    train, test = split(photos(tmp_path / "one", 30))
+    assert test == ["faces/027.bmp", "faces/028.bmp", "faces/029.bmp"]
+    assert len(train) == 27 and not set(train) & set(test)
+    line = "main.py: 27 images to train on + 3 held out, by folder: faces 27 + 3\n"
+    assert capfd.readouterr().err == line
+    train, test = split(photos(tmp_path / "classes", 10, tuple("abcdefg")))
+    assert test == [f"{name}/009.bmp" for name in "abcdefg"]
+    shown = "a 9 + 1, b 9 + 1, c 9 + 1, d 9 + 1, e 9 + 1, 2 more\n"
+    assert capfd.readouterr().err.endswith(f" + 7 held out, by folder: {shown}")
+    assert len(split(tmp_path / "classes", "--n_test=20")[1]) == 20
+
+
+def test_split_by_testroot(tmp_path):
+    """All images of the other folder are held out, also where it is inside of the first."""
+    root = photos(tmp_path / "data", 4, ("test/a", "train/a", "train/b"))
+    for dataroot, trained in ((root / "train", ("a", "b")), (root, ("train/a", "train/b"))):
+        train, test = split(dataroot, f"--testroot={root / 'test'}")
+        assert train == [f"{folder}/{i:03d}.bmp" for folder in trained for i in range(4)]
+        assert test == [f"a/{i:03d}.bmp" for i in range(4)]
+
+
+def test_split_of_copies(tmp_path, capfd):
+    """Held-out images whose pixels are trained on, too, are counted."""
+    root = photos(tmp_path / "data", 20)
+    for copied, to in (("000.bmp", "019.bmp"), ("001.bmp", "002.bmp")):
+        shutil.copy(root / "faces" / copied, root / "faces" / to)
+    for _ in range(2):  # when they are decoded, and ever after
+        split(root)
+        line = "main.py: 1 of the held-out images have the pixels of images that are trained on"
+        assert capfd.readouterr().err.splitlines()[1:] == [line]
+
+
+@pytest.mark.parametrize(
+    ("folders", "hint"),
+    [
+        (("test", "train"), "--dataroot={0}/train --testroot={0}/test keeps them apart"),
+        (("x/val/a", "x/Train/a"), "--dataroot={0}/x/Train --testroot={0}/x/val keeps them apart"),
+        (("images", "masks"), "--dataroot={0}/images leaves them out"),
+        (("train/good", "ground_truth/bad"), "--dataroot={0}/train leaves them out"),
+        (("cats", "test"), None),
+        (("masks",), None),
+    ],
+)
+def test_describe_split_names_what_to_type(folders, hint, tmp_path, capfd):
+    names = sorted(f"{folder}/{i}.png" for folder in folders for i in range(4))
+    rows = np.arange(len(names))
+    utils.describe_split(tmp_path, utils.Data(None, names, rows, rows[::2], rows[1::2], ""))
+    hints = capfd.readouterr().err.splitlines()[1:]
+    assert len(hints) == (hint is not None)
+    assert all(line.endswith(f"; {hint}") or line.endswith(f"? {hint}") for line in hints) or hint
+
+
+# --------------------------------------------------------------------------------------------------
+# What is decoded
 
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOUR = np.dstack([RAMP, RAMP.T, 255 - RAMP])
@@ -126,10 +261,15 @@ EXIF = Image.Exif()
 EXIF[0x0112] = 6  # to be turned clockwise
 HALF = np.full_like(RAMP, 128)
 VEILED, GREY_VEILED = (np.round(pixels * (128 / 255) + 127) for pixels in (COLOUR, RAMP))
+FRAMES = {"save_all": True, "append_images": [Image.fromarray(255 - RAMP)]}
+TEXT = PngInfo()
+TEXT.add_text("Photoshop", "x" * 2_000_000, zip=True)
 KINDS = {
     "turned.png": (Image.fromarray(COLOUR), np.rot90(COLOUR, -1), {"exif": EXIF}),
     "grey.png": (Image.fromarray(RAMP), RAMP, {}),
     "palette.gif": (PALETTE, COLOUR, {}),
+    "frames.gif": (Image.fromarray(RAMP), RAMP, FRAMES),
+    "pages.tiff": (Image.fromarray(RAMP), RAMP, FRAMES),
     "cmyk.tiff": (Image.frombytes("CMYK", (16, 16), INK.tobytes()), COLOUR, {}),
     "deep.png": (Image.fromarray(DEEP), RAMP, {}),
     "deep.pgm": (Image.fromarray(DEEP), RAMP, {}),
@@ -139,237 +279,227 @@ KINDS = {
     "la.png": (Image.fromarray(np.dstack([RAMP, HALF])), GREY_VEILED, {}),
     "palette.png": (PALETTE, CUT_OUT, {"transparency": 7}),
     "key.png": (Image.fromarray(COLOUR), CUT_OUT, {"transparency": (7, 112, 248)}),
+    "text.png": (Image.fromarray(COLOUR), COLOUR, {"pnginfo": TEXT}),
 }
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_open_image(name, tmp_path):
+def test_read_image(name, tmp_path):
     image, expected, options = KINDS[name]
     path = save(tmp_path / name, image, **options)
-    with Image.open(path) as read, open(path, "rb") as file:
-        assert name == "deep.pgm" or read.mode == image.mode  # else this tests another kind
-        pixels = np.asarray(utils.open_image(file, 3)).astype(int)
+    with Image.open(path) as read:
+        # Else this tests another kind.
+        assert name == "deep.pgm" or read.mode == image.mode
+        assert getattr(read, "n_frames", 1) == (2 if options is FRAMES else 1)
+    pixels = utils.read_image(path, 16, None, 3).astype(int)
     rgb = expected if expected.ndim == 3 else np.dstack([expected] * 3)
     assert pixels.shape == (16, 16, 3)
     assert np.abs(pixels - rgb).max() <= (1 if image.mode in ("RGBA", "LA") else 0)
 
 
+def test_scans_of_any_size_are_read():
+    """Pillow has no limit on pixels: a scan of 200 megapixels is no attack."""
+    assert Image.MAX_IMAGE_PIXELS is None
+
+
 def test_load_images_rows(tmp_path):
-    """In order of their paths, from workers; in grey, too."""
-    for i in range(150):  # more than two batches of the workers
-        save(tmp_path / f"{i % 3}" / f"{i * 7 % 150}.png", noise(9 + i % 5, 11, i))
-    array, names, _ = utils.load_images(tmp_path, size=16, workers=2)
-    check(array, tmp_path)
-    assert names == sorted(f"{i % 3}/{i * 7 % 150}.png" for i in range(150))
-    assert isinstance(array, np.memmap) and array.dtype == np.uint8 and not array.flags.writeable
+    """In order of their paths, whichever thread is done first; in grey, too."""
+    for i in range(150):
+        save(tmp_path / f"{i % 3}" / f"{i * 7 % 150}.png", noise(9 + i % 5, 11 + 99 * (i < 5), i))
+    data = load(tmp_path)
+    check(data, tmp_path)
+    assert isinstance(data.images, np.memmap) and not data.images.flags.writeable
+    assert data.train.tolist() == list(range(150)) == data.firsts.tolist()
     grey = load(tmp_path, channels=1)
-    assert grey.shape == (150, 16, 16, 1)
-    assert np.array_equal(grey[-1, ..., 0], square(tmp_path / names[-1], mode="L"))
+    assert grey.images.shape == (150, 16, 16, 1)
+    assert np.array_equal(grey.images[-1, ..., 0], square(tmp_path / grey.names[-1], mode="L"))
 
 
-CROPS = {("celebA", None): (19, 39, 159, 179), ("folder", None): (0, 20, 178, 198)}
-CROPS[("celebA", 70)] = (54, 74, 124, 144)  # less than half of the image
-
-
-@pytest.mark.parametrize(("dataset", "crop"), CROPS)
-def test_load_images_crop(dataset, crop, tmp_path, capfd):
+@pytest.mark.parametrize(
+    ("crop", "box"),
+    [(140, (19, 39, 159, 179)), (70, (54, 74, 124, 144)), (None, (0, 20, 178, 198))],
+)
+def test_load_images_crop(crop, box, tmp_path):
     path = save(tmp_path / "faces" / "1.jpg", noise(178, 218))
-    expected = Image.open(path).crop(CROPS[dataset, crop]).resize((64, 64), LANCZOS)
-    assert np.array_equal(utils.load_images(tmp_path, dataset, 64, crop)[0][0], expected)
-    assert ("--dataset=folder" in capfd.readouterr().err) == (crop == 70)
+    expected = Image.open(path).crop(box).resize((64, 64), LANCZOS)
+    assert np.array_equal(load(tmp_path, size=64, crop=crop).images[0], expected)
     small = save(tmp_path / "faces" / "2.png", noise(200, 60))
-    if dataset == "celebA":
+    if crop:
         words = f"^{small}: 200 x 60 pixels, less than the crop of .* --dataset=folder$"
         with pytest.raises(utils.UserError, match=words):
-            utils.load_images(tmp_path, dataset, 32, crop)
+            load(tmp_path, size=32, crop=crop)
         assert len(arrays(tmp_path)) == 1
 
 
-@pytest.mark.parametrize("kind", ["cut", "page", "lost link", "pipe", "bomb", "F", "I"])
-def test_load_images_skips(kind, tmp_path, capfd, decoded):
-    """What cannot be read is named at every start, and tried again when it has changed."""
-    bad = photos(tmp_path) / "faces" / "000002.bmp"
-    content = {"cut": bad.read_bytes()[:600], "page": b"<html>404</html>"}
-    content["bomb"] = b"P6 40000 40000 255\n" + bytes(100)  # 4.8 GB, if anybody believed it
-    bad.unlink()
-    if kind == "pipe":
-        os.mkfifo(bad)
-    elif kind in ("F", "I"):
-        save(bad, Image.new(kind, (20, 20)), format="tiff")
-    elif kind in content:
-        bad.write_bytes(content[kind])
-    else:
-        bad.symlink_to("nowhere.bmp")
-    reason = "32-bit pixels, whose range is unknown" if kind in ("F", "I") else ".+"
-    told = rf"main.py: skipped 1 of 6 images that cannot be read: faces/000002.bmp \({reason}\)"
+def test_load_images_skips(tmp_path, capfd, decoded):
+    """What is no image is counted by its reason, and three are named, at every start."""
+    pages = [f"faces/a{i}.jpg" for i in range(5)]
+    content = dict.fromkeys(pages, b"<!DOCTYPE html><HTML><p>404</p></html>")
+    content["faces/b.png"] = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    content["faces/c\n.png"] = b"hello"  # a strange name stays in the line
+    photos(tmp_path)
+    for name, data in content.items():
+        (tmp_path / name).write_bytes(data)
+    whole = save(tmp_path / "faces" / "d.png", noise(20, 24)).read_bytes()
+    (tmp_path / "faces" / "d.png").write_bytes(whole[:600])
+    for kind in "FI":
+        save(tmp_path / "faces" / f"{kind}.tiff", Image.new(kind, (20, 20)))
+    words = [r"5 x a web page (faces/a0.jpg, faces/a1.jpg, faces/a2.jpg, ...)"]
+    words += [r"1 x a pointer of Git LFS; `git lfs pull` brings the images (faces/b.png)"]
+    words += [r"1 x not an image (faces/c\n.png)", "2 x its pixels are signed, of 32 bits"]
+    words += ["(faces/F.tiff, faces/I.tiff)", "truncated (faces/d.png)"]
     for _ in range(2):
-        check(load(tmp_path), tmp_path, without=bad.name)
-        (line,) = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
-        assert re.fullmatch(told, line)
-    assert len(decoded) == 6
-    bad.unlink()
-    save(bad, noise(20, 24))
-    check(load(tmp_path), tmp_path)
-    assert "skipped" not in capfd.readouterr().err
+        data = load(tmp_path)
+        assert data.names == [f"faces/{i:03d}.bmp" for i in range(6)]
+        assert np.array_equal(data.images[5], square(tmp_path / "faces" / "005.bmp"))
+        (line,) = capfd.readouterr().err.splitlines()
+        assert line.startswith("main.py: skipped 10 of 16 images: ")
+        assert all(word in line for word in words)
+    assert len(decoded) == 16
+    save(tmp_path / "faces" / "b.png", noise(20, 24))
+    assert "faces/b.png" in load(tmp_path).names
 
 
-def test_load_images_skips_many(tmp_path, capfd):
-    paths = sorted((photos(tmp_path, 14) / "faces").iterdir())
-    strange = paths[0].with_name(os.fsdecode(b"a new\nline, not \xff utf-8, %s {}.bmp"))
-    shutil.copy(paths[0], strange)
-    for path in paths[1:13]:
+def test_load_images_skips_all(tmp_path):
+    for path in (photos(tmp_path) / "faces").iterdir():
         path.write_text("no image")
-    _, names, _ = utils.load_images(tmp_path, size=16)
-    assert names == ["faces/000000.bmp", "faces/000013.bmp", f"faces/{strange.name}"]
-    listed = ", ".join(f"faces/{path.name}" for path in paths[1:11])
-    assert f"skipped 12 of 15 images that cannot be read: {listed}, ... (" in capfd.readouterr().err
-    for path in (paths[0], paths[13], strange):
-        path.write_text("no image")
-    with pytest.raises(
-        utils.UserError, match="none of the 15 images can be read: faces/000000.bmp"
-    ):
+    words = "none of the 6 images can be read: 6 x not an image (faces/000.bmp, faces/001.bmp, "
+    with pytest.raises(utils.UserError, match=re.escape(words)):
         load(tmp_path)
 
 
-def test_load_images_without_rights(monkeypatch, tmp_path, capfd):
-    """The array of a folder that cannot be written is in the user's cache."""
-    root, home = photos(tmp_path / "data"), utils.make_folder(tmp_path / "home")
-    secret, scandir = utils.make_folder(root / "secret"), os.scandir
-    monkeypatch.setattr(os, "scandir", lambda path: scandir(path if path != str(secret) else "/-"))
-    for name, value in (("HOME", str(home)), ("XDG_CACHE_HOME", "")):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(os, "access", lambda path, mode: (path, mode) != (root, os.W_OK))
-    check(load(root), root)
-    assert f"main.py: skipped the folder {secret}: No such file" in capfd.readouterr().err
-    assert len(arrays(home / ".cache" / "wae")) == 1 and not arrays(root)
-    (home / ".cache" / "wae").rename(home / "mine")
-    (home / ".cache" / "wae").write_text("a file is in the way")
-    with pytest.raises(utils.UserError, match="cannot be written: name a --cache_dir"):
-        load(root)
+def test_load_images_after_chmod(tmp_path, capfd, break_reading, monkeypatch):
+    """A file that this user may not read is skipped, and is back when its rights are."""
+    path = photos(tmp_path) / "faces" / "002.bmp"
+    break_reading(path, errno.EACCES)
+    assert len(load(tmp_path).images) == 5
+    assert "skipped 1 of 6 images: 1 x Permission denied" in capfd.readouterr().err
+    monkeypatch.undo()
+    assert len(load(tmp_path).images) == 5
+    path.chmod(0o600)
+    check(load(tmp_path), tmp_path)
+
+
+def test_load_images_from_a_failing_disk(tmp_path, break_reading, monkeypatch):
+    """A disk that fails says nothing about the image: decoding ends, and leaves no array."""
+    path = photos(tmp_path) / "faces" / "002.bmp"
+    break_reading(path, errno.EIO)
+    with pytest.raises(utils.UserError, match=f"^{path}: Input/output error$"):
+        load(tmp_path)
+    assert not arrays(tmp_path)
+    monkeypatch.undo()
+    check(load(tmp_path), tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------
+# What is kept
 
 
 def test_load_images_again(tmp_path, decoded):
     """An array is built once, moves with its folder, and takes no other one's place."""
     load(photos(tmp_path / "here"))
-    there, two = (tmp_path / "here").rename(tmp_path / "there"), photos(tmp_path / "two", 3)
+    there = (tmp_path / "here").rename(tmp_path / "there")
+    two = photos(tmp_path / "two", 3)
     check(load(there), there)
-    for options in ({"crop": 10}, {"channels": 1}, {}):
+    for options in ({"crop": 10}, {"channels": 1}, {"testroot": two}, {}):
         load(there, **options)
-    assert len(arrays(there)) == 3 and len(decoded) == 3 * 6
+    assert len(arrays(there)) == 4 and len(decoded) == 3 * 6 + 9
     cache = tmp_path / "a" / "cache"
     for root in (there, two, there, two):
         check(load(root, cache_dir=cache), root)
         if root == two:
             save(there / "faces" / "7.bmp", noise(20, 24))
-    assert len(decoded) == 3 * 6 + 6 + 3 + 7
+    assert len(decoded) == 3 * 6 + 9 + 6 + 3 + 7
     assert len(arrays(cache)) == 2 and not arrays(two)
 
 
 CHANGES = {
-    "add": lambda path: save(path.with_name("000001b.bmp"), noise(9, 9)),
+    "add": lambda path: save(path.with_name("001b.bmp"), noise(9, 9)),
     "remove": lambda path: path.unlink(),
-    "rename": lambda path: path.rename(path.with_name("000009.bmp")),
+    "rename": lambda path: path.rename(path.with_name("009.bmp")),
     "overwrite": lambda path: save(path, noise(20, 24, 99)),
-    "copy": lambda path: os.utime(path, (1, 1)),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_load_images_changed(change, tmp_path):
-    """They are decoded anew, and the outdated array goes; the digest is of names and contents."""
-    outdated, _, digest = utils.load_images(photos(tmp_path), size=16)
-    before, (path,) = np.array(outdated), arrays(tmp_path)
-    CHANGES[change](tmp_path / "faces" / "000001.bmp")
-    array, _, new_digest = utils.load_images(tmp_path, size=16)
-    check(array, tmp_path)
-    assert len(arrays(tmp_path)) == 1 and arrays(tmp_path) != [path]
-    assert (new_digest == digest) == (change == "copy")
-    assert np.array_equal(outdated, before)  # a run that still reads it is not disturbed
-
-
-DAMAGES = {
-    "cut": lambda path: os.truncate(path, 5 * 768),
-    "longer": lambda path: os.truncate(path, 6 * 768 + 1),
-    "no notes": lambda path: path.with_suffix(".json").unlink(),
-    "empty notes": lambda path: path.with_suffix(".json").write_text("{}"),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_load_images_damaged_array(damage, tmp_path, capfd):
-    load(photos(tmp_path))
+    """They are decoded anew, and the outdated array goes; the digest is of names and sizes."""
+    outdated = load(photos(tmp_path))
+    before = np.array(outdated.images)
     (path,) = arrays(tmp_path)
-    whole = path.read_bytes()
-    DAMAGES[damage](path)
-    check(load(tmp_path), tmp_path)
-    word = f"main.py: {path} is damaged or out of date: the images are decoded again\n"
-    assert word in capfd.readouterr().err and path.read_bytes() == whole
+    CHANGES[change](tmp_path / "faces" / "001.bmp")
+    data = load(tmp_path)
+    check(data, tmp_path)
+    assert len(arrays(tmp_path)) == 1 and not path.exists()
+    assert (data.digest == outdated.digest) == (change == "overwrite")
+    assert np.array_equal(outdated.images, before)  # a run that still reads it is not disturbed
+    assert len(list(tmp_path.glob(".wae_*.json"))) == 1
 
 
-def start_to_build(root: Path, n: int = 400) -> multiprocessing.process.BaseProcess:
-    """A process that decodes n images, and has written the first of them."""
-    first = photos(root, 1, 178, 218) / "faces" / "000000.bmp"
-    for i in range(1, n):
-        os.link(first, first.with_name(f"{i:06d}.bmp"))
-    builder = start(utils.load_images, root, "folder", 64, None, 2)
-    while not any(path.stat().st_size > 10**5 for path in root.glob(".*.tmp")):
+def refused(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("what", ["rights", "space"])
+def test_load_images_that_cannot_be_kept(what, tmp_path, monkeypatch):
+    """One line names the flag that helps."""
+    folder = tmp_path / "cache"
+    if what == "rights":
+        folder.write_text("a file is in the way")
+    else:
+        monkeypatch.setattr(os, "fsync", refused)
+    words = f"^cannot write {folder}/.*: .*; --cache_dir names a place for decoded images$"
+    with pytest.raises(utils.UserError, match=words):
+        load(photos(tmp_path / "data"), cache_dir=folder)
+    monkeypatch.undo()
+    assert not arrays(folder) if what == "space" else folder.is_file()
+
+
+def slow_builder(root: Path, monkeypatch) -> tuple[multiprocessing.Process, Path]:
+    """A process that is decoding, and the file to which each image that anybody decodes adds."""
+    seen = root / ".decoded"
+    decode = utils.read_image
+
+    def slowly(path: Path, **how: object) -> np.ndarray:
+        with open(seen, "a") as file:
+            file.write(f"{path.name}\n")
+        time.sleep(0.05)
+        return decode(path, **how)
+
+    monkeypatch.setattr(utils, "read_image", slowly)
+    builder = multiprocessing.get_context("fork").Process(target=load, args=(root,))
+    builder.start()
+    while not seen.exists():
         assert builder.is_alive()
         time.sleep(0.001)
-    return builder
+    return builder, seen
 
 
-def test_load_images_in_two_processes(tmp_path, capfd, decoded):
-    """One builds, the other waits and removes nothing."""
-    builder = start_to_build(tmp_path)
-    array, _, _ = utils.load_images(tmp_path)
-    word = f"main.py: {tmp_path} is in use by process {builder.pid}: waiting for it\n"
-    assert word in capfd.readouterr().err and decoded == []
-    assert len(array) == 400 and np.array_equal(
-        array[-1], square(tmp_path / "faces/000000.bmp", 64)
+def test_load_images_in_two_processes(tmp_path, capfd, monkeypatch):
+    """One decodes, the other waits for it."""
+    builder, seen = slow_builder(photos(tmp_path, 20), monkeypatch)
+    check(load(tmp_path), tmp_path)
+    builder.join()
+    assert f"main.py: {tmp_path}/.wae is in use by another process: waiting for it\n" in (
+        capfd.readouterr().err
     )
+    assert builder.exitcode == 0 and len(seen.read_text().split()) == 20
 
 
-def test_load_images_after_a_kill(tmp_path):
-    """Neither processes nor files are left for good."""
-    builder = start_to_build(tmp_path)
-    workers = children(builder.pid)
-    builder.kill()
-    assert len(workers) == 2 and all_end(workers) and not list(tmp_path.glob(".*.u8"))
-    (tmp_path / "faces" / "000000.bmp").unlink()  # so that the array has another name
-    assert len(utils.load_images(tmp_path)[0]) == 399
+def test_load_images_after_a_kill(tmp_path, monkeypatch):
+    """Nothing that is left is taken for an array, and nothing is left for good."""
+    builder, _ = slow_builder(photos(tmp_path, 20), monkeypatch)
+    os.kill(builder.pid, signal.SIGKILL)
+    builder.join()
+    assert not list(tmp_path.glob(".wae_*.u8")) and list(tmp_path.glob(".*.tmp"))
+    monkeypatch.undo()
+    (tmp_path / "faces" / "000.bmp").unlink()  # so that the array has another name
+    check(load(tmp_path), tmp_path)
     assert len(arrays(tmp_path)) == 1
 
 
-def end_worker(self: utils.Decoded, i: int) -> None:
-    """What the kernel does to a process where memory is short."""
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def refused(*_: object, **options: object) -> None:
-    """What the kernel answers where there are too many processes, or no memory, or no space."""
-    raise BlockingIOError(11, "Resource temporarily unavailable")
-
-
-FAILURES = {
-    "space": (shutil, "disk_usage", lambda _: SimpleNamespace(free=9), "name another --cache_dir"),
-    "disk": (os, "fsync", refused, "^cannot write {root}/.wae_16_3_None_here_"),
-    "worker": (utils.Decoded, "__getitem__", end_worker, "use fewer --workers, or --workers=0"),
-    "process": (os, "fork", refused, "(.*unavailable.*); use fewer --workers"),
-    "map": (np, "memmap", refused, "^cannot map {root}/.wae_.*: name another --cache_dir"),
-}
-
-
-@pytest.mark.parametrize("name", FAILURES)
-def test_load_images_failures(name, monkeypatch, tmp_path, capfd):
-    place, attribute, value, words = FAILURES[name]
-    root = photos(tmp_path)
-    monkeypatch.setattr(place, attribute, value)
-    with pytest.raises(utils.UserError, match=words.format(root=root)):
-        load(root, workers=1)
-    assert "main.py:" not in capfd.readouterr().err
-    monkeypatch.undo()
-    check(load(root), root)
-    assert len(arrays(root)) == 1
+# --------------------------------------------------------------------------------------------------
+# Batches
 
 
 @pytest.fixture(scope="module")
@@ -399,27 +529,29 @@ def test_batches(kind, device, array):
 
 def test_batches_thread(array):
     """It reads few batches ahead, and ends with its consumer."""
-    asked, before = [], threading.active_count()
+    asked = []
+    before = threading.active_count()
     indices = (asked.append(index) or index for index in np.arange(50).reshape(25, 2))
-    for taken, _ in enumerate(utils.batches(array, indices, CPU, ahead=3), 1):
+    for taken, _ in enumerate(utils.batches(array, indices, CPU.device, ahead=3), 1):
         assert len(asked) <= taken + 3
     assert taken == 25
-    with contextlib.closing(utils.batches(array, np.arange(50).reshape(25, 2), CPU)) as stream:
+    order = np.arange(50).reshape(25, 2)
+    with contextlib.closing(utils.batches(array, order, CPU.device)) as stream:
         next(stream)
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
     with pytest.raises(IndexError):  # an error of the thread reaches the consumer
-        list(utils.batches(array, [np.array([1]), np.array([50])], CPU))
+        list(utils.batches(array, [np.array([1]), np.array([50])], CPU.device))
 
 
 def test_from_uint8_and_to_uint8():
     batch = torch.arange(256, dtype=torch.uint8).reshape(1, 16, 16, 1).repeat(2, 1, 1, 3)
     batch[1], batch[..., 1] = batch[1].flip(0), 51
-    plain, pixels = utils.from_uint8(batch, False), batch.numpy().transpose(0, 3, 1, 2)
-    np.testing.assert_allclose(plain, pixels / 255, rtol=0, atol=1e-7)
-    np.testing.assert_allclose(utils.from_uint8(batch, True), pixels / 127.5 - 1, atol=2e-7)
-    assert plain.dtype == torch.float32 and plain.is_contiguous(memory_format=torch.channels_last)
-    assert np.array_equal(utils.to_uint8(plain + 0.4 / 255), batch)  # rounds
+    images = utils.from_uint8(batch)
+    expected = batch.numpy().transpose(0, 3, 1, 2) / 255
+    np.testing.assert_allclose(images, expected, rtol=0, atol=1e-7)
+    assert images.dtype == torch.float32 and images.is_contiguous(memory_format=torch.channels_last)
+    assert np.array_equal(utils.to_uint8(images + 0.4 / 255), batch)  # rounds
     assert utils.to_uint8(torch.tensor([-1.0, 2.0]).view(2, 1, 1, 1)).ravel().tolist() == [0, 255]
 
 
