@@ -315,22 +315,22 @@ def load_images(
 ) -> Data:
     """All images of one or two folders, decoded, in order of their paths; the second is held out.
 
-    The array is built on first use and mapped into memory ever after. It is a hidden file in `root`
-    or `cache_dir`. Its name has a digest of names, sizes and times of change of the files, so that
-    it is built again when they change. Any number of processes may ask for it at once.
+    The array is built on first use and mapped into memory ever after. It is in the folder .wae of
+    `root` or `cache_dir`. Its name has a digest of names, sizes and times of change of the files,
+    so that it is built again when they change. Any number of processes may ask for it at once.
     """
     files = {os.path.abspath(root / name): (0, name, *s) for name, s in find_images(root).items()}
     if testroot:  # whose images are not for training, if it is inside of the other
         for name, s in find_images(testroot).items():
             files[os.path.abspath(testroot / name)] = (1, name, *s)
     paths, keys = [Path(path) for path in files], list(files.values())
-    folder = cache_dir or root
+    folder = (cache_dir or root) / ".wae"
     home = digest(root.resolve() if cache_dir else "here", testroot and testroot.resolve())
-    prefix = f".wae_{size}_{channels}_{crop}_{home}"
+    prefix = f"{size}_{channels}_{crop}_{home}"
     target = folder / f"{prefix}_{digest(*keys)}.u8"
     try:
         # One lock for all versions of the array: who holds it may remove those that are outdated.
-        with lock(folder / ".wae", wait=True) if not target.exists() else nullcontext():
+        with lock(folder, wait=True) if not target.exists() else nullcontext():
             if not target.exists():
                 build_array(target, paths, size=size, crop=crop, channels=channels)
                 for old in folder.glob(f"{prefix}_*"):
