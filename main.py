@@ -122,21 +122,17 @@ def get_parser() -> Parser:
     # fmt: off
     add = parser.add_argument_group("data").add_argument
     add("--dataroot", type=path, help="folder of images, as in DATAROOT/sub_directory/XXX.jpg")
-    add("--testroot", type=path,
-        help="folder of the held-out images; without it, a part of DATAROOT is held out")
+    add("--testroot", type=path, help="folder of held-out images, in place of a part of DATAROOT")
     add("--dataset", default="celebA", choices=("celebA", "folder"),
         help="centre crop. celebA: 140 x 140 pixels; folder: the largest square")
     add("--crop", type=count, help="side of the centre crop, in place of that of --dataset")
     add("--image_size", type=int, default=64, choices=model.IMAGE_SIZES,
         help="side of the images that the networks see, in pixels")
-    add("--channels", type=int, default=3, choices=(1, 3),
-        help="3: colour; 1: grey. The cost is a sum over channels")
+    add("--channels", type=int, default=3, choices=(1, 3), help="3: colour; 1: grey")
     add("--n_test", type=count, help="images held out, the last of each folder by path, in "
         "proportion (default: a tenth, at most 19962)")
-    add("--batch_size", type=number(int, 2), default=100,
-        help="images in a step, over all processes")
-    add("--cache_dir", type=path,
-        help="where to keep the decoded images (default: a hidden file in DATAROOT)")
+    add("--batch_size", type=number(int, 2), default=100, help="images of a step, in all processes")
+    add("--cache_dir", type=path, help="where to keep decoded images (default: DATAROOT)")
 
     add = parser.add_argument_group("model").add_argument
     add("--mode", default="gan", choices=RECIPES,
@@ -146,23 +142,21 @@ def get_parser() -> Parser:
     add("--nz", type=number(int, 1, 1e6), default=64, help="latent dimensions")
     add("--nf", type=number(int, 1, 1e6), default=128,
         help="base width; the widest layers have 8 x NF channels")
-    add("--noise", choices=("deterministic", "add_noise", "gaussian"),
-        help="type of encoder: deterministic; add_noise: noise on the pixels while training; "
-        "gaussian: a Gaussian code (default: add_noise; vae: gaussian)")
+    add("--noise", choices=("deterministic", "add_noise", "gaussian"), help="type of encoder; "
+        "add_noise: noise on the pixels while training (default: add_noise; vae: gaussian)")
     add("--input_normalize_sym", **switch,
         help="the networks work in [-1, 1] with a tanh, not in [0, 1] with a sigmoid")
 
     add = parser.add_argument_group("objective").add_argument
-    add("--LAMBDA", type=number(float, 0), help="weight of the penalty; for vae, decoder variance "
-        "/ 10, for pixels in [-1, 1] (default: gan 1, mmd 30, vae 0.2)")
+    add("--LAMBDA", type=number(float, 0), help="weight of the penalty; vae: a tenth of the "
+        "decoder variance, for pixels in [-1, 1] (default: gan 1, mmd 30, vae 0.2)")
     add("--pz_scale", type=number(float, 1e-3, 1e3), default=1.0,
         help="standard deviation of the prior")
     add("--cost", default="l2sq", choices=("l2sq", "l2", "l1"),
-        help="l2sq: 0.05 |x-y|^2; l2: 0.2 |x-y|; l1: 0.02 |x-y|_1")
+        help="l2sq: 0.05 |x-y|^2; l2: 0.2 |x-y|; l1: 0.02 |x-y|_1; summed over pixels and channels")
     add("--mmd", default="exact", choices=("exact", "sampled"),
         help="mmd: the expectation over the prior in closed form, or samples, as in Algorithm 2")
-    add("--kernel", default="IMQ", choices=("IMQ", "RBF"),
-        help="mmd: inverse multiquadratic or Gaussian")
+    add("--kernel", default="IMQ", choices=("IMQ", "RBF"), help="mmd: the kernel")
     add("--imq_scales", type=positive_numbers, default=model.IMQ_SCALES, metavar="X,X,...",
         help="mmd: scales of the IMQ kernels that are summed; 1 alone is the paper's")
     add("--quadratic", type=number(float, 0), default=0.3, help="mmd: weight of a quadratic "
@@ -172,16 +166,13 @@ def get_parser() -> Parser:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--niter", type=count, default=PAPER_EPOCHS, help="epochs")
-    add("--lr", type=positive, help="learning rate of encoder and decoder "
-        "(default: gan 0.0003, mmd and vae 0.001)")
-    add("--lr_adv", type=positive, help="gan: that of the discriminator (default: 3 x LR)")
-    add("--lr_schedule", default="scaled", choices=("scaled", "paper"), help="scaled: learning "
-        "rates fall to a half and a tenth after 30/55 and 50/55 of the run; paper: after epochs 30 "
-        "and 50, and to a hundredth after 100")
+    add("--lr", type=positive, help="rate of encoder and decoder (default: gan 0.0003, else 0.001)")
+    add("--lr_adv", type=positive, help="gan: rate of the discriminator (default: 3 x LR)")
+    add("--lr_schedule", default="scaled", choices=("scaled", "paper"), help="scaled: rates fall "
+        "to a half and a tenth after 30/55 and 50/55 of the run; paper: after epochs 30 and 50")
     add("--e_pretrain", action=BooleanOptionalAction, help="first train the encoder alone, to "
         "match the moments of its codes to the prior's (default: gan and mmd)")
-    add("--init", type=path,
-        help="start from the networks of this checkpoint; everything else is a new run")
+    add("--init", type=path, help="start a new run from the networks of this checkpoint")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed")
 
     add = parser.add_argument_group("output").add_argument
@@ -191,13 +182,11 @@ def get_parser() -> Parser:
     add("--sample_every", type=count, default=1, help="epochs between pictures")
     add("--checkpoint_every", type=number(float, 0), default=60.0,
         help="seconds between checkpoints, at rows of log.csv and at the ends of epochs")
-    add("--tensorboard", **switch,
-        help="write log and pictures for TensorBoard too, which must be installed")
+    add("--tensorboard", **switch, help="write log and pictures for TensorBoard, too")
 
     group = parser.add_argument_group("use of a checkpoint")
     add, either = group.add_argument, group.add_mutually_exclusive_group().add_argument
-    add("--checkpoint", type=path,
-        help="continue, evaluate or sample this run, whose flags need not be typed again")
+    add("--checkpoint", type=path, help="continue, evaluate or sample this one, with its flags")
     either("--evaluate", **switch, help="no training: write images and metrics to OUTF/eval")
     add("--n_samples", type=number(int, 2), default=10000,
         help="samples of prior and mixture in an evaluation")
@@ -208,11 +197,9 @@ def get_parser() -> Parser:
 
     add = parser.add_argument_group("machine").add_argument
     add("--cuda", **switch, help="use a GPU")
-    add("--gpu_id", type=number(int, 0), default=0,
-        help="index of the GPU; ignored with several processes")
+    add("--gpu_id", type=number(int, 0), default=0, help="which one, if there is one process")
     add("--ngpu", type=count, default=1, help="processes, with a GPU each if --cuda")
-    add("--amp", **switch,
-        help="run encoder and decoder in bfloat16; weights and penalties stay in float32")
+    add("--amp", **switch, help="run encoder and decoder in bfloat16; all else is float32")
     add("--compile", **switch, help="compile encoder, decoder and the MMD")
     add("--graph", **switch | {"default": True},
         help="on one GPU, record the training step as a CUDA graph; --no-graph to debug it")
