@@ -397,9 +397,10 @@ def warn_of_folders(root: Path, names: Sequence[str]) -> None:
         for depth, part in enumerate(parents):
             beside[root.joinpath(*parents[:depth])].add(part)
     for folder, inside in beside.items():
-        splits = sorted(inside & SPLITS, key=lambda name: not name.startswith("train"))
-        masks = sorted(inside & MASKS)
-        others = sorted(inside - MASKS)
+        splits = sorted(name for name in inside if name.lower() in SPLITS)
+        splits.sort(key=lambda name: "train" not in name.lower())
+        masks = sorted(name for name in inside if name.lower() in MASKS)
+        others = sorted(inside.difference(masks))
         if len(splits) > 1:
             train, test, *_ = (folder / name for name in splits)
             hint = f"--dataroot={train} --testroot={test} tells them apart"
