@@ -392,10 +392,10 @@ def count_images(data: Data) -> str:
 def warn_of_folders(root: Path, names: Sequence[str]) -> None:
     """Says what to type where folders are halves of a split, or masks beside images."""
     beside = defaultdict(set)  # the folders in each folder
-    for name in names:
-        *parents, _ = name.split("/")
-        for depth, part in enumerate(parents):
-            beside[root.joinpath(*parents[:depth])].add(part)
+    for folder in filter(None, set(map(os.path.dirname, names))):
+        path = root / folder
+        for parent in [path, *path.parents][: len(path.parts) - len(root.parts)]:
+            beside[parent.parent].add(parent.name)
     for folder, inside in beside.items():
         splits = sorted(name for name in inside if name.lower() in SPLITS)
         splits.sort(key=lambda name: "train" not in name.lower())

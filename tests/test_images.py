@@ -68,8 +68,10 @@ def check(data: utils.Data, root: Path) -> None:
 
 def arrays(folder: Path) -> list[Path]:
     """The arrays that are kept in a folder, in which nothing half-written may be."""
-    assert not list(folder.glob(".*.tmp"))
-    return list(folder.glob(".wae_*.u8"))
+    files = list((folder / ".wae").glob("[!.]*"))
+    assert all(path.suffix in (".u8", ".json") for path in files)
+    assert len(list((folder / ".wae").glob(".*"))) <= 1  # the lock
+    return [path for path in files if path.suffix == ".u8"]
 
 
 @pytest.fixture
@@ -101,7 +103,8 @@ def test_find_images(tmp_path, capfd):
     hidden += ["a/@eaDir/z.Png/S_M.jpg", "$RECYCLE.BIN/S-1/$R0.png"]
     for name in [*names, *hidden]:
         save(root / name, noise())
-    for name in ("a/1.txt", "b/2.TXT", "b/half.jpg.part", "a/none", "Thumbs.db", "desktop.ini"):
+    strange = ["a/1.txt", "b/2.TXT", "a/3.txt", "b/half.jpg.part", "a/4.part", "a/none"]
+    for name in [*strange, "Thumbs.db", "desktop.ini"]:
         (root / name).write_text("no image")
     save(tmp_path / "elsewhere" / "1.jpg", noise())
     for name in ("linked", "linked again"):
@@ -115,7 +118,7 @@ def test_find_images(tmp_path, capfd):
     status = os.stat(root / "B" / "1.jpg")
     assert found["B/1.jpg"] == (status.st_size, status.st_ctime_ns)
     (line,) = capfd.readouterr().err.splitlines()
-    assert f"{root}: left out, by their endings: .txt (2), .part (1), none (1); images end" in line
+    assert f"{root}: left out, by their endings: .txt (3), .part (2), none (1); images end" in line
     assert len(load(root).images) == len(found)  # all of them can be read
 
 
@@ -310,29 +313,24 @@ def test_load_images_skips(tmp_path, capfd, reading):
     assert reading.count == 16
     for path in faces.glob("0*"):
         path.unlink()
-    with pytest.raises(utils.UserError, match="none of the 10 images can be read: 5 x a web page"):
+    with pytest.raises(utils.UserError, match="none of the 10 images can be read: 2 x its pixels"):
         load(tmp_path)
 
 
-def test_load_images_after_chmod(tmp_path, capfd, reading):
-    """A file that this user may not read is skipped, and is back when its rights are."""
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_load_images_that_cannot_be_read(number, tmp_path, capfd, reading):
+    """A file without rights is skipped until it has them; a disk that fails ends the decoding."""
     path = photos(tmp_path) / "faces" / "002.bmp"
-    reading.errors[path] = errno.EACCES
-    assert len(load(tmp_path).images) == 5
-    assert "skipped 1 of 6 images: 1 x Permission denied" in capfd.readouterr().err
+    reading.errors[path] = number
+    if number == errno.EACCES:
+        assert len(load(tmp_path).images) == 5
+        assert "skipped 1 of 6 images: 1 x Permission denied" in capfd.readouterr().err
+    else:
+        with pytest.raises(utils.UserError, match=f"^{path}: Input/output error$"):
+            load(tmp_path)
+        assert not arrays(tmp_path)
     reading.errors.clear()
     path.chmod(0o600)
-    check(load(tmp_path), tmp_path)
-
-
-def test_load_images_from_a_failing_disk(tmp_path, reading):
-    """A disk that fails says nothing about the image: decoding ends, and leaves no array."""
-    path = photos(tmp_path) / "faces" / "002.bmp"
-    reading.errors[path] = errno.EIO
-    with pytest.raises(utils.UserError, match=f"^{path}: Input/output error$"):
-        load(tmp_path)
-    assert not arrays(tmp_path)
-    reading.errors.clear()
     check(load(tmp_path), tmp_path)
 
 
@@ -372,7 +370,7 @@ def test_load_images_changed(change, tmp_path):
     CHANGES[change](tmp_path / "faces" / "001.bmp")
     data = load(tmp_path)
     check(data, tmp_path)
-    assert len(arrays(tmp_path)) == len(list(tmp_path.glob(".wae_*.json"))) == 1
+    assert len(arrays(tmp_path)) == len(list(tmp_path.glob(".wae/*.json"))) == 1
     assert (data.digest == outdated.digest) == (change == "overwrite")
     assert np.array_equal(outdated.images, before)  # a run that still reads it is not disturbed
 
@@ -394,7 +392,7 @@ def test_load_images_that_cannot_be_kept(what, tmp_path, monkeypatch):
     words = f"^cannot write {cache}/.*: .*; --cache_dir names a place for decoded images$"
     with pytest.raises(utils.UserError, match=words):
         load(root, cache_dir=cache)
-    assert not list(cache.glob(".wae_*")) and not arrays(root)
+    assert not arrays(cache) and not arrays(root)
 
 
 @pytest.mark.parametrize("killed", [False, True])
@@ -419,7 +417,7 @@ def test_load_images_beside_another_process(killed, tmp_path, capfd, monkeypatch
     if killed:
         builder.kill()
         builder.join()
-        assert list(tmp_path.glob(".*.tmp")) and not list(tmp_path.glob(".wae_*.u8"))
+        assert list(tmp_path.glob(".wae/.*.tmp")) and not list(tmp_path.glob(".wae/*.u8"))
         (tmp_path / "faces" / "000.bmp").unlink()  # so that the array has another name
     check(load(tmp_path), tmp_path)
     builder.join()

@@ -36,11 +36,20 @@ def seeded():
     torch.manual_seed(0)
 
 
-def assert_mean(values: Tensor, expected: Tensor | float, slack: float = 0) -> None:
+def assert_mean(values: Tensor, expected: Tensor | float) -> None:
     """Compares the mean over the first dimension with its expectation, to 4 standard errors."""
     error = values.std(0) / math.sqrt(len(values))
-    near = (values.mean(0) - expected).abs() <= 4 * error + slack
+    near = (values.mean(0) - expected).abs() <= 4 * error
     assert near.all(), (values.mean(0), expected, error)
+
+
+def wave(*shape: int, phase: float = 0) -> Tensor:
+    """sin(phase), sin(1 + phase), ..., in float64."""
+    return torch.arange(math.prod(shape)).double().add(phase).sin().view(shape)
+
+
+# --------------------------------------------------------------------------------------------------
+# The MMD
 
 
 def mmds(codes: Tensor, kernel: Kernel, prior: Tensor) -> Tensor:
@@ -48,15 +57,20 @@ def mmds(codes: Tensor, kernel: Kernel, prior: Tensor) -> Tensor:
     return torch.stack([model.exact_mmd(codes, kernel), model.sampled_mmd(codes, kernel, prior)])
 
 
-def u_statistic(codes: Tensor, prior: Tensor, kernel: Kernel) -> float:
+def u_statistic(
+    codes: Tensor, prior: Tensor, pz_scale: float, name: str, scales: tuple, quadratic: float
+) -> float:
     """MMD^2 from the kernels of all pairs, in NumPy."""
-    (n, nz), variance, points = codes.shape, kernel.pz_scale**2, torch.cat([codes, prior]).numpy()
+    n, nz = codes.shape
+    variance = pz_scale**2
+    points = torch.cat([codes, prior]).double().numpy()
     d2 = ((points[:, None] - points) ** 2).sum(2)
-    values = sum(c / (c + d2) for c in 2 * nz * variance * np.array(kernel.scales))
-    if kernel.name == "RBF":
-        values = np.exp(-d2 / (2 * np.median(d2[np.triu_indices(2 * n, 1)])))
+    if name == "RBF":
+        values = np.exp(-d2 / (2 * (2 * nz * variance)))
+    else:
+        values = sum(c / (c + d2) for c in 2 * nz * variance * np.array(scales))
     shrunk = points * np.sqrt(2 / (1 + (points**2).sum(1, keepdims=True) / (nz * variance)))
-    values += kernel.quadratic * (shrunk @ shrunk.T) ** 2 / (nz * variance**2)
+    values += quadratic * (shrunk @ shrunk.T) ** 2 / (nz * variance**2)
     others = ~np.eye(n, dtype=bool)
     within = values[:n, :n][others].mean() + values[n:, n:][others].mean()
     return within - 2 * values[:n, n:].mean()
@@ -67,76 +81,65 @@ def u_statistic(codes: Tensor, prior: Tensor, kernel: Kernel) -> float:
 @pytest.mark.parametrize("pz_scale", [1.0, 2.5])
 @pytest.mark.parametrize("name", KERNELS)
 def test_sampled_mmd_is_the_u_statistic(name, pz_scale, scales, quadratic):
-    codes, prior = 0.5 * double(7, 3) + 1, pz_scale * double(7, 3)
-    kernel = Kernel(name, pz_scale, scales, quadratic)
-    values = mmds(codes, kernel, prior)
-    assert values[1].item() == pytest.approx(u_statistic(codes, prior, kernel), 1e-9)
+    codes, prior = 0.5 * torch.randn(7, 3) + 1, pz_scale * torch.randn(7, 3)
+    values = mmds(codes, Kernel(3, pz_scale, name, scales, quadratic), prior)
+    expected = u_statistic(codes, prior, pz_scale, name, scales, quadratic)
+    assert values[1].item() == pytest.approx(expected, 1e-4)
     # The unit of the latent space does not matter.
-    assert_close(mmds(3 * codes, kernel._replace(pz_scale=3 * pz_scale), 3 * prior), values)
+    wide = Kernel(3, 3 * pz_scale, name, scales, quadratic)
+    assert_close(mmds(3 * codes, wide, 3 * prior), values, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("spread", "shift"), [(0.1, 0), (1, 0), (3, 2)])
 @pytest.mark.parametrize("nz", [1, 8, 64])
 @pytest.mark.parametrize("quadratic", [0.0, 0.5])
 @pytest.mark.parametrize("name", KERNELS)
-def test_exact_mmd_is_the_mean_of_sampled_mmd(name, quadratic, nz, spread, shift, monkeypatch):
-    monkeypatch.setattr(model, "median_bandwidth", lambda *_: 2 * nz * 1.5**2)  # as in exact_mmd
-    kernel, codes = Kernel(name, 1.5, quadratic=quadratic), 1.5 * (spread * double(20, nz) + shift)
+def test_exact_mmd_is_the_mean_of_sampled_mmd(name, quadratic, nz, spread, shift):
+    kernel = Kernel(nz, 1.5, name, quadratic=quadratic)
+    codes = 1.5 * (spread * torch.randn(20, nz) + shift)
     sampled = torch.vmap(lambda prior: model.sampled_mmd(codes, kernel, prior))
-    assert_mean(sampled(1.5 * double(1000, 20, nz)), model.exact_mmd(codes, kernel))
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_exact_mmd_of_prior_samples(name):
-    mmd = torch.vmap(partial(model.exact_mmd, kernel=Kernel(name, 1.5, quadratic=0.5)))
-    sets = model.sample_prior(1000 * 20, 8, 1.5).view(1000, 20, 8)
-    assert_mean(mmd(sets), 0.0)
-    with pytest.raises(AssertionError):
-        assert_mean(mmd(1.2 * sets), 0.0)
+    assert_mean(sampled(1.5 * torch.randn(1000, 20, nz)), model.exact_mmd(codes, kernel))
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5])
 @pytest.mark.parametrize("name", KERNELS)
 def test_sum_of_blocks(name, rows, monkeypatch):
-    """So many rows at a time have the value of the whole and the gradient of differences."""
-    kernel, codes, prior = Kernel(name, 1.5, quadratic=0.5), double(5, 2), double(5, 2) + 1
-    whole, variance = mmds(codes, kernel, prior), model.median_bandwidth(codes, prior)
+    """So many rows at a time have the value and the gradient of the whole."""
+    kernel = Kernel(2, 1.5, name, quadratic=0.5)
+    codes, prior = torch.randn(5, 2, requires_grad=True), torch.randn(5, 2) + 1
+    whole = mmds(codes, kernel, prior)
+    (gradient,) = torch.autograd.grad(7 * whole.sum(), codes)
     spy = mock.Mock(wraps=model.squared_distances)
     monkeypatch.setattr(model, "squared_distances", spy)
-    # No gradient passes through the bandwidth, and finite differences would see it change.
-    monkeypatch.setattr(model, "median_bandwidth", lambda *_: variance)
     monkeypatch.setattr(model, "BLOCK_ENTRIES", rows * 5)
-    codes.requires_grad_()
-    for enabled in (True, False):
-        with torch.set_grad_enabled(enabled):
-            assert_close(mmds(codes, kernel, prior), whole)
-    assert torch.autograd.gradcheck(lambda q: 7 * mmds(q, kernel, prior), codes)
+    in_blocks = mmds(codes, kernel, prior)
     assert max(len(call.args[0]) for call in spy.mock_calls) == rows
+    assert_close(in_blocks, whole)
+    assert_close(torch.autograd.grad(7 * in_blocks.sum(), codes)[0], gradient)
+    with torch.no_grad():
+        assert_close(mmds(codes, kernel, prior), whole)
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_mmds_of_extreme_codes(name):
     """All equal, or so long that the quadratic kernel overflows unless they are shrunk."""
     ones, prior = torch.ones(8, 3), torch.randn(8, 3)
+    kernel = Kernel(3, name=name, quadratic=0.5)
     for codes, z, away in ((ones, prior, True), (ones, ones, False), (1e10 * prior, prior, True)):
-        values = mmds(codes.requires_grad_(), Kernel(name, quadratic=0.5), z.detach())
+        values = mmds(codes.requires_grad_(), kernel, z.detach())
         (gradient,) = torch.autograd.grad(values.sum(), codes)
         assert gradient.isfinite().all()
         assert values.max() < 20 and (values > 0.1).tolist() == [True, away]
     for codes, z in ((ones[:1], ones[:1]), (ones, ones[:5])):
         with pytest.raises(ValueError, match="two rows or more"):
-            model.sampled_mmd(codes, Kernel(), z)
+            model.sampled_mmd(codes, kernel, z)
     with pytest.raises(ValueError, match="two codes or more"):
-        model.exact_mmd(ones[:1], Kernel())
+        model.exact_mmd(ones[:1], kernel)
 
 
-def wave(*shape: int, phase: float = 0) -> Tensor:
-    """sin(phase), sin(1 + phase), ..., in float64."""
-    return torch.arange(math.prod(shape)).double().add(phase).sin().view(shape)
-
-
-# In the next two tests, constants are from the formulas of the official code (tolstikhin/wae on
-# GitHub, commit 0d9002c, wae.py and models.py), written down again in NumPy, in float64.
+# --------------------------------------------------------------------------------------------------
+# The official code: constants are from its formulas (tolstikhin/wae on GitHub, commit 0d9002c,
+# wae.py and models.py), written down again in NumPy, in float64.
 
 
 def test_reconstruction_cost_of_the_official_code():
@@ -144,9 +147,8 @@ def test_reconstruction_cost_of_the_official_code():
     # 0.05 mean_n sum d^2, 0.2 mean_n sqrt(1e-8 + sum d^2) and 0.02 mean_n sum |d|.
     costs = {"l2sq": 1.1008506695598865, "l2": 0.9384214674861941, "l1": 0.584377740598482}
     for cost, expected in costs.items():
-        symmetric = model.reconstruction_cost(x, y, cost, True)
-        unit = model.reconstruction_cost((x + 1) / 2, (y + 1) / 2, cost)
-        assert [symmetric.item(), unit.item()] == pytest.approx([expected] * 2, 1e-7)
+        value = model.reconstruction_cost((x + 1) / 2, (y + 1) / 2, cost)
+        assert value.item() == pytest.approx(expected, 1e-7)
         perfect = x.clone().requires_grad_()
         model.reconstruction_cost(perfect, x, cost).backward()
         assert perfect.grad.isfinite().all()
@@ -155,7 +157,7 @@ def test_reconstruction_cost_of_the_official_code():
 def test_mmd_prior_density_and_sharpness_of_the_official_code():
     q, p = 2 * wave(5, 3), 2 * wave(5, 3, phase=2)
     # Sums of C / (C + d^2), C = 2 * 3 * 1.5^2 s, over 5 * 4 pairs i != j and over 5 * 5.
-    value = model.sampled_mmd(q, Kernel("IMQ", 1.5), p)
+    value = model.sampled_mmd(q, Kernel(3, 1.5), p)
     assert value.item() == pytest.approx(0.9093311563031832, 1e-9)
     # -|z|^2 / (2 * 1.5^2) - log(2 pi) / 2 - 3 / 2 log(1.5^2): of three dimensions the official code
     # has one log(2 pi) / 2, which the bias of the discriminator makes up for.
@@ -170,10 +172,16 @@ def test_mmd_prior_density_and_sharpness_of_the_official_code():
     assert values == pytest.approx([0.61848571, 0.54300245, 0.64295952, 0.56583253], 1e-5)
 
 
+# --------------------------------------------------------------------------------------------------
+# The training step
+
+
 def build_run(tmp_path, *flags: str) -> main.Run:
     """A small auto-encoder with its optimisers, as the command line makes it."""
     argv = ["--dataroot=unused", f"--outf={tmp_path}", "--image_size=32", "--nf=2", "--nz=3"]
-    return main.Run(main.get_flags([*argv, "--batch_size=8", "--seed=1", *flags])[0], CPU)
+    run = main.Run(main.parse([*argv, "--batch_size=8", "--seed=1", *flags])[1], CPU)
+    run.net.train()
+    return run
 
 
 def gradients(network: nn.Module) -> list[Tensor]:
@@ -185,11 +193,12 @@ def check_step(run: main.Run, expected: Callable[..., tuple[Tensor, ...]]) -> nn
 
     Returns the network as it was before the step, with its gradient.
     """
-    x = torch.rand(8, run.flags.channels, 32, 32)
-    prior, net, calls = run.sample_prior(8), copy.deepcopy(run.net), []
+    batch = torch.randint(256, (8, 32, 32, run.flags.channels), dtype=torch.uint8)
+    x = batch.permute(0, 3, 1, 2) / 255
+    prior, net, calls = run.net.sample_prior(8), copy.deepcopy(run.net), []
     run.net.encoder.register_forward_hook(lambda *call: calls.append(call))
     torch.manual_seed(5)
-    losses = main.train_step(run, x, *([prior] if run.needs_prior else []))
+    losses = main.Step(run)(batch, prior)
     assert len(calls) == 1
     torch.manual_seed(5)  # the same noise
     cost, penalty, loss_d = expected(x, prior, *net(x))
@@ -205,11 +214,12 @@ def test_train_step_gan(trick, tmp_path):
     # At this rate the discriminators before and after their step differ to the penalty.
     run = build_run(tmp_path, "--mode=gan", "--LAMBDA=7", "--lr_adv=0.01", *trick)
     # The gradients that a step leaves must have no part in the next one.
-    main.train_step(run, torch.rand(8, 3, 32, 32), run.sample_prior(8))
+    main.Step(run)(torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8), run.net.sample_prior(8))
     discriminator, optimizer, used = copy.deepcopy(run.discriminator), run.optimizers, []
     adam = torch.optim.Adam(discriminator.parameters())
     adam.load_state_dict(copy.deepcopy(optimizer["discriminator"].state_dict()))
-    assert (adam.param_groups[0]["lr"], adam.param_groups[0]["betas"]) == (0.01, (0.5, 0.999))
+    assert float(adam.param_groups[0]["lr"]) == pytest.approx(0.01)
+    assert adam.param_groups[0]["betas"] == (0.5, 0.999)
     optimizer["discriminator"].register_step_pre_hook(
         lambda *_: used.extend(gradients(run.discriminator))
     )
@@ -220,6 +230,8 @@ def test_train_step_gan(trick, tmp_path):
         discriminator.zero_grad()
         (7 * loss_d).backward()
         assert_close(used, gradients(discriminator), rtol=1e-4, atol=1e-6)
+        # The penalty leaves no gradient on the discriminator.
+        assert_close(gradients(run.discriminator), used, rtol=0, atol=0)
         adam.step()
         # Adam moves weights of tiny gradients, whose signs are rounding errors, as much as others.
         # If the step's own discriminator is where it should be, it is the more exact one.
@@ -235,10 +247,10 @@ def test_train_step_gan(trick, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "kernel"),
     [
-        ("--mode=mmd", Kernel("IMQ", 2.0)),
-        ("--mode=mmd --mmd=sampled", Kernel("IMQ", 2.0)),
-        ("--mode=mmd --mmd=sampled --kernel=RBF", Kernel("RBF", 2.0)),
-        ("--mode=mmd --imq_scales=1 --quadratic=.5", Kernel("IMQ", 2.0, (1.0,), 0.5)),
+        ("--mode=mmd", Kernel(3, 2.0, quadratic=0.3)),
+        ("--mode=mmd --mmd=sampled --quadratic=0", Kernel(3, 2.0)),
+        ("--mode=mmd --mmd=sampled --kernel=RBF --quadratic=0", Kernel(3, 2.0, "RBF")),
+        ("--mode=mmd --imq_scales=1 --quadratic=.5", Kernel(3, 2.0, "IMQ", (1.0,), 0.5)),
         ("--mode=vae", None),
     ],
 )
@@ -256,16 +268,17 @@ def test_train_step_mmd_and_vae(flags, kernel, tmp_path):
             penalty = kl_divergence(posterior, Normal(0.0, 2.0)).sum(1).mean()
         return 0.02 * (2 * (x - y)).abs().sum((1, 2, 3)).mean(), penalty, torch.tensor(0.0)
 
-    start = check_step(run, expected).encoder.moments.bias
+    start = check_step(run, expected).encoder.posterior.bias
     # Adam's first step moves each weight by the rate, against its gradient.
     moved = start - 0.01 * start.grad.sign()
-    assert_close(run.net.encoder.moments.bias, moved, rtol=1e-3, atol=1e-5)
+    assert_close(run.net.encoder.posterior.bias, moved, rtol=1e-3, atol=1e-5)
 
 
 def test_learning_rate_factor():
-    cases = [("paper", 103, 4, (120, 80, 200, 12)), ("constant", 103, 4, (412, 0, 0, 0))]
+    cases = [("paper", 103, 4, (120, 80, 200, 12))]
     # After 30 / 55 and 50 / 55 of 110 steps and of 7 steps, that is after 3.8 and 6.4 of them.
     cases += [("scaled", 11, 10, (60, 40, 10, 0)), ("scaled", 1, 7, (4, 3, 0, 0))]
+    cases += [("scaled", 55, 4, (120, 80, 20, 0))]  # as in the paper
     for schedule, niter, per_epoch, steps_at_each_rate in cases:
         flags, steps = Namespace(lr_schedule=schedule, niter=niter), range(niter * per_epoch)
         factors = [main.learning_rate_factor(step, per_epoch, flags) for step in steps]
@@ -280,32 +293,86 @@ def test_set_seed():
     assert len(draws) == len(keys)
 
 
+@pytest.mark.parametrize(("n", "nz", "pz_scale"), [(10, 3, 2.0), (2, 1, 0.5)])
+def test_pretrain_loss_and_floor(n, nz, pz_scale):
+    sets = pz_scale * double(2000, n, nz)
+    losses = torch.stack([model.pretrain_loss(codes, pz_scale) for codes in sets])
+    assert_mean(losses, model.pretrain_floor(n, nz, pz_scale))
+    off = np.cov(sets[0].T).reshape(nz, nz) - pz_scale**2 * np.eye(nz)
+    expected = sets[0].mean(0).square().mean().item() + (off**2).mean()
+    assert losses[0].item() == pytest.approx(expected)
+
+
+def test_pretrain_encoder(tmp_path):
+    """It brings mean and covariance of the codes to those of the prior."""
+    run = build_run(tmp_path, "--noise=gaussian", "--pz_scale=1.5", "--lr=0.01")
+    pixels = np.random.default_rng(0).integers(256, size=(256, 32, 32, 3), dtype=np.uint8)
+    rows = np.arange(len(pixels))
+    decoder, codes = copy.deepcopy(run.net.decoder.state_dict()), []
+    run.net.encoder.register_forward_hook(lambda *call: codes.append(model.draw_code(*call[2])))
+    main.pretrain_encoder(run, utils.Data(pixels, [], rows, rows, rows[:0], ""))
+    assert len(codes) < main.PRETRAIN_STEPS  # it ends when they cannot be told from the prior
+    first, last = codes[0], torch.cat(codes[-4:])
+    assert (first.T.cov() - 1.5**2 * torch.eye(3)).abs().max() > 1
+    assert (last.T.cov() - 1.5**2 * torch.eye(3)).abs().max() < 0.75
+    assert last.mean(0).abs().max() < 0.3
+    assert_close(run.net.decoder.state_dict(), decoder, rtol=0, atol=0)
+
+
+# --------------------------------------------------------------------------------------------------
+# Networks
+
+
+def build_network(**options: object) -> model.AutoEncoder:
+    """An auto-encoder, small unless `options` say else."""
+    default = {"image_size": 32, "channels": 3, "nz": 3, "nf": 2, "arch": "dcgan"}
+    default |= {"noise": "deterministic", "input_normalize_sym": False, "pz_scale": 1.0}
+    return model.AutoEncoder(**default | options)
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("size", model.IMAGE_SIZES)
 @pytest.mark.parametrize("arch", ["dcgan", "paper"])
-def test_encoder_and_decoder_shapes(arch, size, channels):
-    x, shape = torch.rand(2, channels, size, size), (size, channels, 3, 2, arch)
+def test_shapes_and_ranges(arch, size, channels):
+    """Images are in [0, 1] outside of the networks, whatever these work in."""
+    options = {"image_size": size, "channels": channels, "arch": arch}
+    x = torch.rand(2, channels, size, size)
     for noise in ("deterministic", "add_noise", "gaussian"):
-        z, log_variance = model.Encoder(*shape, noise, False)(x)
-        assert z.shape == (2, 3) and z.isfinite().all()
+        net = build_network(noise=noise, **options)
+        y, codes, mean, log_variance = net(x)
+        assert y.shape == x.shape and codes.shape == mean.shape == (2, 3)
         assert log_variance.shape == (2, 3) if noise == "gaussian" else log_variance is None
-    unit, symmetric = (model.Decoder(*shape, symmetric) for symmetric in (False, True))
-    symmetric.load_state_dict(unit.state_dict())
+    symmetric = build_network(noise=noise, input_normalize_sym=True, **options)
+    symmetric.load_state_dict(net.state_dict())
     with torch.no_grad():
-        y, y_symmetric = unit(100 * z), symmetric(100 * z)
-    assert y.shape == x.shape and y.std() > 1e-3
-    # One layer's outputs through a sigmoid, and through a tanh.
-    assert_close(y_symmetric, torch.logit(y).tanh(), rtol=1e-4, atol=1e-5)
+        # The first layer sees [-1, 1], and the last is a tanh in place of a sigmoid.
+        assert_close(symmetric.encoder(x)[0], net.encoder(2 * x - 1)[0])
+        y, y_symmetric = net.decode(100 * codes), symmetric.decode(100 * codes)
+    assert y.std() > 1e-3
+    assert_close(y_symmetric, torch.logit(y).tanh() / 2 + 0.5, rtol=1e-4, atol=1e-5)
+
+
+def test_encode_decode_and_sample():
+    """They are the parts of `forward`; samples are decoded draws of the prior."""
+    net, x = build_network(pz_scale=2.0, noise="gaussian").eval(), torch.rand(4, 3, 32, 32)
+    with torch.no_grad():
+        torch.manual_seed(1)
+        y, codes, _, _ = net(x)
+        torch.manual_seed(1)
+        assert torch.equal(net.encode(x), codes) and torch.equal(net.decode(codes), y)
+        torch.manual_seed(2)
+        samples = net.sample(5)
+        torch.manual_seed(2)
+        assert torch.equal(samples, net.decode(2 * torch.randn(5, 3)))
+    assert_mean(net.sample_prior(5000) ** 2, 4.0)
 
 
 @pytest.mark.parametrize(("arch", "kernel", "side"), [("paper", 5, 8), ("dcgan", 4, 4)])
 def test_network_sizes(arch, kernel, side):
     """Counts weights: a batch norm has 2 a channel, and no bias before it (appendix C.2)."""
+    size = {"image_size": 64, "nz": 64, "nf": 128, "arch": arch}
     with torch.device("meta"):
-        plain, gaussian = (
-            model.AutoEncoder(64, 3, 64, 128, arch, noise, False)
-            for noise in ("deterministic", "gaussian")
-        )
+        plain, gaussian = build_network(**size), build_network(noise="gaussian", **size)
         networks = (plain.encoder, gaussian.encoder, plain.decoder, model.Discriminator(64))
     inner = kernel**2 * (128 * 256 + 256 * 512 + 512 * 1024)
     convolutions = kernel**2 * 3 * 128 + inner + 2 * (128 + 256 + 512 + 1024)
@@ -321,28 +388,29 @@ def test_network_sizes(arch, kernel, side):
 @pytest.mark.parametrize(("symmetric", "deviation"), [(True, 0.01), (False, 0.005)])
 def test_encoder_add_noise_while_training(symmetric, deviation):
     """Looks at what the first layer sees: the same noise on the scale of the cost."""
-    noisy, seen = model.Encoder(32, 3, 3, 2, "dcgan", "add_noise", symmetric), []
+    noisy, seen = build_network(noise="add_noise", input_normalize_sym=symmetric).encoder, []
     noisy.features.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     x = torch.rand(8, 3, 32, 32)
-    before = x.clone()
+    before, clean = x.clone(), 2 * x - 1 if symmetric else x
     noisy(x), noisy(x)
     assert torch.equal(x, before)  # the target of the reconstruction stays clean
     assert not torch.equal(*seen)
-    noise = (torch.stack(seen) - x).flatten()
+    noise = (torch.stack(seen) - clean).flatten()
     assert_mean(noise, 0.0)
     assert_mean(noise**2, deviation**2)
     noisy.eval()(x)
-    assert torch.equal(seen[-1], x)
+    assert torch.equal(seen[-1], clean)
 
 
-def test_auto_encoder_gaussian_codes():
+def test_gaussian_codes():
     """Of the moments given, around 3 and by 0.01; neighbours in bfloat16 are 0.016 apart there."""
-    net, x = model.AutoEncoder(32, 3, 2, 2, "dcgan", "gaussian", False), torch.rand(4, 3, 32, 32)
-    bias = net.encoder.moments.bias
-    bias.data = torch.tensor([3.0, 3.1, -10.0, -9.0])
+    x = torch.rand(4, 3, 32, 32)
     for training, amp in ((True, False), (False, False), (True, True)):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            images, codes, mean, log_variance = net.train(training)(x.repeat(500, 1, 1, 1))
+        net = build_network(nz=2, noise="gaussian", amp=amp).train(training)
+        bias = net.encoder.posterior.bias
+        bias.data = torch.tensor([3.0, 3.1, -10.0, -9.0])
+        with torch.no_grad():
+            images, codes, mean, log_variance = net(x.repeat(500, 1, 1, 1))
         assert images.dtype == codes.dtype == torch.float32
         assert_mean(codes - mean, 0.0)
         assert_mean((codes - mean) ** 2 / log_variance.exp(), 1.0)
@@ -352,102 +420,91 @@ def test_auto_encoder_gaussian_codes():
     assert codes.isfinite().all() and bias.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("n", "nz", "pz_scale"), [(10, 3, 2.0), (2, 1, 0.5)])
-def test_pretrain_loss_and_floor(n, nz, pz_scale):
-    sets = pz_scale * double(2000, n, nz)
-    losses = torch.stack([model.pretrain_loss(codes, pz_scale) for codes in sets])
-    assert_mean(losses, model.pretrain_floor(n, nz, pz_scale))
-    off = np.cov(sets[0].T).reshape(nz, nz) - pz_scale**2 * np.eye(nz)
-    expected = sets[0].mean(0).square().mean().item() + (off**2).mean()
-    assert losses[0].item() == pytest.approx(expected)
+# --------------------------------------------------------------------------------------------------
+# Metrics of codes
 
 
-def test_pretrain_encoder(tmp_path):
-    """It brings mean and covariance of the codes to those of the prior."""
-    flags = ["--noise=gaussian", "--pz_scale=1.5", "--lr=0.003", "--e_pretrain_sample_size=128"]
-    run = build_run(tmp_path, *flags, "--e_pretrain_iters=400")
-    images = np.random.default_rng(0).integers(256, size=(256, 32, 32, 3), dtype=np.uint8)
-    decoder, codes = copy.deepcopy(run.net.decoder.state_dict()), []
-    run.net.encoder.register_forward_hook(lambda *call: codes.append(model.draw_code(*call[2])))
-    main.pretrain_encoder(run, images)
-    assert len(codes) < 400  # it ends once the codes cannot be told from the prior
-    first, last = codes[0], torch.cat(codes[-8:])
-    assert (first.T.cov() - 1.5**2 * torch.eye(3)).abs().max() > 1
-    assert (last.T.cov() - 1.5**2 * torch.eye(3)).abs().max() < 0.75
-    assert last.mean(0).abs().max() < 0.3
-    assert_close(run.net.decoder.state_dict(), decoder, rtol=0, atol=0)
-
-
-def test_frechet_distance():
-    mean, a, b = double(2, 6), double(6, 9), double(6, 4)
-    a, b = a @ a.T, b @ b.T
-    # The trace of (A^1/2 B A^1/2)^1/2 is the sum of the roots of the eigenvalues of A B.
-    roots = torch.linalg.eigvals(a @ b).real.clamp(min=0).sqrt()
-    expected = (mean[0] - mean[1]).square().sum() + a.trace() + b.trace() - 2 * roots.sum()
-    assert_close(model.frechet_distance(mean[0], a, mean[1], b), expected, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize(("n", "nz", "sets"), [(900, 64, 40), (100, 4, 1000)])
-@pytest.mark.parametrize(
-    ("low", "high", "unused", "mean", "pz_scale"),
-    [(1.0, 1.0, 0, 0.0, 1.0), (0.3, 2.0, 0, 0.1, 1.5), (1.2, 1.2, 1, 0.0, 1.0)],
-)
-def test_gaussian_w2_on_average(n, nz, sets, low, high, unused, mean, pz_scale):
-    """It is the true distance, but for terms of the second order, which are not corrected."""
-    (axes, _), deviations = torch.linalg.qr(double(nz, nz)), torch.linspace(low, high, nz).sqrt()
-    deviations[: unused * nz // 4] = 0
-    codes = (double(sets, n, nz) * deviations + mean) @ axes
-    values = torch.stack([model.gaussian_w2(z, pz_scale) for z in codes])
-    expected = nz * mean**2 + (deviations - pz_scale).square().sum()
-    assert_mean(values, expected, slack=nz**3 / n**2 / 6)  # 0.05 and 0.001
-
-
-def test_moments_and_covariance_eigenvalues():
-    rows, moments = (3 + double(10, 4) @ double(4, 4)).float(), model.Moments()
-    for batch in rows.split(4):
-        moments.add(batch)
-    mean, covariance = moments.result()
-    np.testing.assert_allclose(mean, rows.double().mean(0), rtol=1e-9)
-    np.testing.assert_allclose(covariance, np.cov(rows.double().T), rtol=1e-9)
-    values, vectors = model.covariance_eigenvalues(rows)
-    np.testing.assert_allclose(vectors * values @ vectors.T, covariance, rtol=1e-9)
+def test_gaussian_w2_is_the_distance_of_gaussians():
+    codes = (3 + double(50, 6) @ double(6, 6)).float()
+    # |m|^2 + tr(A + B - 2 (B^1/2 A B^1/2)^1/2) for covariances A and B = 1.5^2 I. The last trace is
+    # the sum of the roots of the eigenvalues of A B.
+    a, b = np.cov(codes.double().T), 1.5**2 * np.eye(6)
+    roots = np.sqrt(np.linalg.eigvals(a @ b).real)
+    expected = (codes.double().numpy().mean(0) ** 2).sum() + np.trace(a + b) - 2 * roots.sum()
+    assert model.gaussian_w2(codes, 1.5).item() == pytest.approx(expected, 1e-6)
+    values, vectors = model.covariance_eigenvalues(codes)
+    np.testing.assert_allclose(vectors * values @ vectors.T, a, rtol=1e-9)
     assert values.tolist() == sorted(values.tolist())
 
 
-def test_spread_points():
-    codes = torch.tensor([[0.0], [1.0], [3.0]]).double()
-    first, second = torch.stack([model.spread_points(codes, 2) for _ in range(2000)])[..., 0].T
-    assert_mean(first, 4 / 3)
-    for start, other, probability in ((0, 3, 9 / 10), (1, 3, 4 / 5), (3, 0, 9 / 13)):
-        assert_mean((second[first == start] == other).double(), probability)
-    assert model.spread_points(codes, 3).sum() == 4  # each once
+@pytest.mark.parametrize(("n", "nz", "pz_scale"), [(100, 64, 1.0), (5, 64, 2.0), (30, 2, 1.5)])
+def test_metrics_of_prior_samples(n, nz, pz_scale):
+    """Of any number, they score 0 on average, to 4 standard errors of both averages."""
+    sets = model.sample_prior(100 * n, nz, pz_scale).view(100, n, nz)
+    metrics = [model.code_metrics(codes, pz_scale) for codes in sets]
+    w2 = torch.tensor([m["test_w2"] for m in metrics])
+    assert abs(w2.mean()) < 4 * w2.std() * math.sqrt(1 / 100 + 1 / 20)
+    assert metrics[0]["test_w2_std_of_prior"] == pytest.approx(w2.std().item(), rel=0.6)
+    assert_mean(torch.tensor([m["test_mmd"] for m in metrics]), 0.0)
+    for name in ("eigenvalue_min", "eigenvalue_max"):
+        mean = np.mean([m[name] for m in metrics])
+        assert metrics[0][f"{name}_of_prior"] == pytest.approx(mean, rel=0.15, abs=1e-6)
+    if n > nz:
+        sets[0, :, 0] = 0  # a direction that is not used shows
+        assert model.code_metrics(sets[0], pz_scale)["test_w2"] - metrics[0]["test_w2"] > 0.1
 
 
-@pytest.mark.parametrize("k", [1, 3])
+# --------------------------------------------------------------------------------------------------
+# The mixture
+
+
 @pytest.mark.parametrize("seed", range(10, 18))
-def test_fit_mixture_finds_clusters(seed, k):
-    """As from 99 of 100 seeds; from starts that are drawn uniformly it would be 76."""
+def test_fit_mixture_finds_clusters(seed):
+    """As many codes as outweigh the pseudo-codes, in clusters of their own weights and shapes."""
     torch.manual_seed(seed)
-    sizes = (900, 300, 100)[:k]
-    clusters = [torch.randn(n, 8) @ torch.randn(8, 8) / 3 for n in sizes]
+    sizes = (9000, 3000, 1000)
+    clusters = [torch.randn(n, 2) @ torch.randn(2, 2) / 3 for n in sizes]
     for i, cluster in enumerate(clusters):
         cluster[:, 0] += 100 * i
-    fitted = model.fit_mixture(torch.cat(clusters), k)
+    codes = torch.cat(clusters)
+    fitted = model.fit_mixture(codes, components=3)
+    # Covariances start from 2 nz pseudo-codes, and that of all codes from nz prior samples.
+    n, nz = codes.shape
+    of_all = (n * codes.T.cov(correction=0) + nz * torch.eye(nz)) / (n + nz)
     for i, cluster in zip(fitted["weights"].argsort(descending=True), clusters, strict=True):
-        weight = torch.tensor(len(cluster) / sum(sizes))
-        moments = weight, cluster.mean(0), cluster.T.cov(correction=0)
-        for value, expected in zip(fitted.values(), moments, strict=True):
-            assert_close(value[i], expected.double(), rtol=0, atol=0.01)
+        m = len(cluster)
+        covariance = (m * cluster.T.cov(correction=0) + 2 * nz * of_all) / (m + 2 * nz)
+        expected = torch.tensor(m / n), cluster.mean(0), covariance
+        for value, moment in zip(fitted.values(), expected, strict=True):
+            assert_close(value[i], moment.double(), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("components", [1, 10])
-def test_fit_mixture_of_any_codes(components):
-    """In a plane, fewer than dimensions, as large as float32 can be, all equal, and one alone."""
-    flat, huge = torch.randn(50, 3) * torch.tensor([1, 1, 0]), 1e38 * torch.randn(30, 4)
-    others = torch.randn(20, 60), torch.ones(30, 4), torch.randn(1, 4), torch.randn(30, 1)
-    for codes in (flat, huge.clamp(-3e38, 3e38), *others):
-        samples = model.mixture(**model.fit_mixture(codes, components)).sample((1000,))
+@pytest.mark.parametrize(("n", "least"), [(1, -60), (5, -30), (90, -10), (1000, -3)])
+def test_fit_mixture_of_few_codes(n, least):
+    """Each covariance can be inverted, and prior samples do not score absurd figures."""
+    codes, others = 2 * torch.randn(n, 64), 2 * torch.randn(1000, 64)
+    density = model.mixture(**model.fit_mixture(codes, pz_scale=2.0))
+    assert torch.linalg.eigvalsh(density.component_distribution.covariance_matrix).min() > 0.5
+    assert least < model.nats_from_prior(others, density, pz_scale=2.0) < 0
+
+
+def test_fit_mixture_of_any_codes():
+    """In a plane, far away, all equal, and in one dimension: samples are where the codes are."""
+    flat = torch.randn(50, 3) * torch.tensor([1, 1, 0])
+    for codes in (flat, 1e4 * torch.randn(30, 4) + 1e5, torch.ones(30, 4), torch.randn(30, 1)):
+        samples = model.mixture(**model.fit_mixture(codes)).sample((1000,))
         assert samples.shape == (1000, codes.shape[1])
-        # They are where the codes are, and finite.
-        reach = 10 * (codes.double().std(0, correction=0).max() + 1e-3)
+        reach = 10 * (codes.double().std(0, correction=0).max() + 1)
         assert (samples - codes.double().mean(0)).abs().max() < reach
+    many = torch.cat([torch.zeros(model.MIXTURE_CODES, 1), torch.full((1000, 1), 1e6)])
+    assert model.fit_mixture(many)["means"].max() < 1  # the first of many codes
+
+
+def test_nats_from_prior_is_a_kl_divergence():
+    """That of two Gaussians, on average over codes of the first."""
+    mean, deviation = torch.tensor([1.0, -2.0]).double(), torch.tensor([0.5, 3.0]).double()
+    density = model.mixture(torch.ones(1).double(), mean[None], torch.diag(deviation**2)[None])
+    expected = kl_divergence(Normal(mean, deviation), Normal(0.0, 1.5)).sum()
+    sets = mean + deviation * double(500, 10, 2)
+    values = torch.stack([model.nats_from_prior(codes, density, 1.5) for codes in sets])
+    assert_mean(values, expected)

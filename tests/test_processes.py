@@ -4,24 +4,19 @@ Where torchrun itself is not what is tested, its processes are forked with the v
 would set.
 """
 
-import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import program
 import pytest
 import torch
 from PIL import Image
-from program import ENDLESS, REPO, TINY, Program, all_end, children, load, log_lines, rows, steps
+from program import ENDLESS, TINY, Program, all_end, children, load, log_lines, rows, steps
 
 import main
 import utils
@@ -29,7 +24,7 @@ import utils
 N_IMAGES, STEPS = 46, 5  # of which TINY holds out 6, and makes batches of 8
 CASES = {
     "gan": ["--mode=gan"],
-    "exact": ["--mode=mmd", "--quadratic=0.3"],
+    "exact": ["--mode=mmd"],
     "sampled": ["--mode=mmd", "--mmd=sampled", "--kernel=RBF"],
     "vae": ["--mode=vae"],
 }
@@ -43,7 +38,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     images = np.random.default_rng(0).integers(0, 256, (N_IMAGES, 4, 4, 3), np.uint8)
     for i, pixels in enumerate(images):
         Image.fromarray(pixels).resize((32, 32)).save(root / "all" / f"{i:02d}.jpg")
-    return [*TINY, f"--dataroot={root}", "--dataset=folder", "--seed=1", "--mode=mmd"]
+    return [*TINY, f"--dataroot={root}", "--dataset=folder", "--seed=1"]
 
 
 def torchrun_variables(size: int) -> list[dict[str, str]]:
@@ -59,9 +54,7 @@ def torchrun_variables(size: int) -> list[dict[str, str]]:
 def in_world(env: dict[str, str], function: Callable[[utils.World], object], path: Path) -> None:
     """Does what one of several processes does: saves the function's value."""
     os.environ |= env
-    world = utils.get_world(cuda=False, gpu_id=0)
-    utils.join(world)
-    torch.save(function(world), path)
+    torch.save(function(utils.join_world(cuda=False, gpu_id=0)), path)
     utils.leave_world()
 
 
@@ -79,23 +72,22 @@ def gradients(world: utils.World) -> dict[str, torch.Tensor]:
     for case, argv in CASES.items():
         tiny = ["--image_size=32", "--nf=4", "--nz=4", "--batch_size=12"]
         noise = [] if case == "vae" else ["--noise=deterministic"]
-        folders = ["--dataroot=unused", "--outf=unused_too"]
-        run = main.Run(main.get_flags([*argv, *tiny, *noise, *folders])[0], world)
+        _, flags = main.parse([*argv, *tiny, *noise, "--dataroot=unused", "--outf=unused_too"])
+        run = main.Run(flags, world)
         if case == "vae":  # no noise to speak of
             run.net.encoder.moments.weight.data[4:] = 0
             run.net.encoder.moments.bias.data[4:] = -49
         with torch.no_grad():
             for _ in range(20):  # so that activations and gradients are of ordinary size
-                run.net(run.to_input(batch))
+                run.net(utils.from_uint8(batch))
         run.net.eval()
         for name, network in run.networks.items():
             run.optimizers[name].step = partial(note, found, f"{case} {name}", network)
-        inputs = (run.to_input(batch.chunk(world.size)[world.rank]), prior)
-        main.train_step(run, *inputs[: 1 + run.needs_prior])
+        main.Step(run)(batch.chunk(world.size)[world.rank], prior)
     return found
 
 
-def test_train_step_in_three_processes(tmp_path):
+def test_step_in_three_processes(tmp_path):
     """The gradients are those of one process."""
     paths = [tmp_path / f"{rank}.pt" for rank in range(3)]
     pairs = zip(torchrun_variables(3), paths, strict=True)
@@ -113,126 +105,57 @@ def test_train_step_in_three_processes(tmp_path):
             assert (found[name] - gradient).abs().max() <= 5e-5 * scale, (name, path)
 
 
-def test_main_by_torchrun(data, tmp_path):
-    """It continues a run of one process, and leaves the same files."""
-    out = tmp_path / "out"
-    program.run(tmp_path / "one", *data, "--niter=1", f"--outf={out}")
-    before = set(os.listdir(out))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(REPO / "main.py"), *data, "--niter=2", f"--outf={out}"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "Warning" not in done.stderr
-    # One set of files, of which each belongs to an epoch or to the run ...
-    names = ("fake_samples", "reconstructions", "interpolations")
-    assert set(os.listdir(out)) == before | {f"{name}_epoch_002.png" for name in names}
-    # ... and a log in which a step is one of a global batch.
-    assert steps(out) == list(range(1, 2 * STEPS + 1))
-    assert [int(row["step"]) for row in rows(out) if row["test_mse"]] == [STEPS, 2 * STEPS]
-    assert done.stdout.count("epoch 2:") == done.stderr.count("continuing the run") == 1
+def train(folder: Path, *argv: object, status: int = 0, **options: object) -> list[Program]:
+    """Two processes, ended with the status."""
+    pairs = enumerate(torchrun_variables(2))
+    ranks = [Program(folder / f"{rank}", *argv, env=env, **options) for rank, env in pairs]
+    assert [rank.wait() for rank in ranks] == [status] * 2, ranks[0].err + ranks[1].err
+    assert ranks[1].out + ranks[1].err == ""
+    return ranks
 
 
-def sleep_not() -> None:
-    """Says how long the program would wait before its last words, and does not wait."""
-    say = lambda seconds: print(f"waited {seconds:g} s", file=sys.stderr)  # noqa: E731
-    main.time = SimpleNamespace(sleep=say, perf_counter=time.perf_counter)
+def interrupt(run: main.Run) -> None:
+    """Sends Ctrl-C to the second process, twice: from the terminal, and passed on by torchrun."""
+    for _ in range(2 * run.world.rank):
+        os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("differ", ["--lr, --lr_adv", "the checkpoint in --outf"])
-def test_check_agreement(differ, data, tmp_path):
-    """A flag differs, or, as on machines that do not share --outf, the run to continue."""
-    outs, flags = [tmp_path / "0", tmp_path / "1"], [["--lr=0.001"], ["--lr=0.002"]]
-    if "checkpoint" in differ:
-        program.run(tmp_path / "one", *data, "--niter=1", f"--outf={outs[0]}")
-        flags = [["--niter=2"]] * 2
-    ranks = [
-        Program(
-            tmp_path / f"of {out.name}", *data, *more, f"--outf={out}", env=env, change=sleep_not
-        )
-        for out, more, env in zip(outs, flags, torchrun_variables(2), strict=True)
-    ]
-    ranks[0].fails(1, f"the processes do not agree on {differ}")
-    assert ranks[1].wait() == 1
-    assert ranks[1].messages == ["waited 20 s", *ranks[0].messages]  # torchrun ends it before
+def test_train_in_two_processes(data, tmp_path):
+    """Stopped in an epoch and continued, the run has the bits of one that was not."""
+    whole, outf = tmp_path / "whole", tmp_path / "out"
+    data = [*data, "--mode=gan", "--niter=2"]
+    train(tmp_path, *data, f"--outf={whole}")
+    data += [f"--outf={outf}"]
+    stopped = train(tmp_path, *data, status=130, change=partial(program.after_step, 7, interrupt))
+    assert "stopped after step 7 of 10; the same command continues" in stopped[0].err
+    assert steps(outf) == list(range(1, 8))
+    train(tmp_path, *data)
+    assert program.differences(whole, outf) == []
+    # A step of the log is one of a batch of all processes, and one process may use the run.
+    assert steps(outf) == list(range(1, 2 * STEPS + 1))
+    assert [int(row["step"]) for row in rows(outf) if row["test_mse"]] == [STEPS, 2 * STEPS]
+    assert "is complete" in train(tmp_path, *data)[0].out
+    assert main.execute([f"--outf={outf}", "--evaluate"]) == 0
 
 
-def break_down() -> None:
-    """Puts a bug into the program."""
-    sleep_not()
-    main.load_data = lambda *_: {}["a bug"]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_launch(number, data, tmp_path):
+    """A launcher that is told to end lets its processes save; without it, they end by themselves.
 
-
-def test_main_bug_in_a_process(data, tmp_path):
-    """Its traceback is not waited for."""
-    env = torchrun_variables(2)[1]
-    broken = program.run(tmp_path, *data, f"--outf={tmp_path / 'x'}", env=env, change=break_down)
-    assert broken.process.exitcode == 1 and "KeyError: 'a bug'" in broken.err
-    assert "waited" not in broken.err
-
-
-def launch(data: list[str], out: Path, number: int = 3) -> Program:
-    """An endless run of two processes, which has logged so many steps."""
-    both = Program(out.parent / "two", *data, "--ngpu=2", *ENDLESS, f"--outf={out}")
-    both.wait_until(lambda: log_lines(out) > number)
-    return both
-
-
-def continues(data: list[str], out: Path) -> None:
-    """Checks that one process continues the run to the end of its epoch, with each step once."""
-    epochs = load(out)["step"] // STEPS + 1
-    program.run(out.parent / "one", *data, f"--niter={epochs}", f"--outf={out}").succeeds()
-    assert steps(out) == list(range(1, epochs * STEPS + 1))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_launch_signals(number, data, tmp_path):
-    """One SIGTERM, or any number of Ctrl-C, which a terminal sends to all processes."""
-    both = launch(data, tmp_path / "out")
-    for _ in range(15 if number == signal.SIGINT else 1):
-        # What ends meanwhile has no entry in /proc any more.
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            for pid in children(both.process.pid) if number == signal.SIGINT else []:
-                os.kill(pid, number)
-        both.kill(number)
-        time.sleep(0.05)
-    assert both.wait() == 128 + number, both.err
-    assert "Traceback" not in both.err and "Exception ignored" not in both.err
-    assert both.err.count("; the same command continues") == 1
-    continues(data, tmp_path / "out")
-
-
-def test_launch_sigkill(data, tmp_path):
-    """The processes of a launcher that is killed end by themselves."""
-    both = launch(data, tmp_path / "out", STEPS + 3)  # in the second epoch
+    One process continues the run, and each step is in the log once.
+    """
+    outf = tmp_path / "out"
+    data = [*data, "--mode=mmd", f"--outf={outf}"]
+    both = Program(tmp_path / "two", *data, *ENDLESS, "--ngpu=2", "--print_every=2")
+    both.wait_until(lambda: log_lines(outf) > 5)
     ranks = children(both.process.pid)
-    both.kill(signal.SIGKILL)
-    both.wait()
+    both.kill(number)
+    assert (both.wait() == -number) == (number == signal.SIGKILL)
     assert len(ranks) == 2 and all_end(ranks)
-    continues(data, tmp_path / "out")
-
-
-def test_launch_killed_process(data, tmp_path):
-    both = launch(data, tmp_path / "out")
-    ranks = children(both.process.pid)
-    os.kill(ranks[1], signal.SIGKILL)
-    both.fails(128 + signal.SIGKILL, "process 1 of 2 was killed by signal 9")
-    assert all_end(ranks)
-
-
-def test_launch_mistake(data, tmp_path):
-    """It is told once, and no other machine is waited for."""
-    flags = ["--ngpu=2", f"--dataroot={tmp_path / 'none'}", f"--outf={tmp_path / 'out'}"]
-    wrong = program.run(tmp_path, *data, *flags, env={"PET_NNODES": "2"})
-    wrong.fails(1, f"--dataroot={tmp_path / 'none'}: no such folder")
-
-
-def test_train_sigint_in_one_process(data, tmp_path):
-    out = tmp_path / "out"
-    argv = [*data, *ENDLESS, f"--outf={out}"]
-    ranks = [Program(tmp_path / env["RANK"], *argv, env=env) for env in torchrun_variables(2)]
-    ranks[0].wait_until(lambda: log_lines(out) > 3)
-    ranks[1].kill(signal.SIGINT)
-    assert [rank.wait() for rank in ranks] == [128 + signal.SIGINT] * 2
-    assert "the same command continues" in ranks[0].err and not ranks[1].messages
-    assert load(out)["flags"]["batch_size"] == 8
+    step = load(outf)["step"]
+    if number == signal.SIGTERM:
+        assert both.err.count(f"stopped after step {step} of") == 1
+        assert steps(outf)[-1] == step
+    epochs = step // STEPS + 1
+    program.run(tmp_path / "one", *data, f"--niter={epochs}", "--print_every=2").succeeds()
+    assert steps(outf) == list(range(2, epochs * STEPS + 1, 2))

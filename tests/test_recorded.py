@@ -3,11 +3,11 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from unittest.mock import MagicMock, call
+from functools import partial
 
 import pytest
 import torch
-from program import ENDLESS, TINY, Program, load, log_lines, rows, run, steps
+from program import ENDLESS, TINY, Program, after_step, load, log_lines, rows, run, steps
 
 import main
 import utils
@@ -27,45 +27,38 @@ class Graph:
 
 
 @pytest.fixture
-def streams(monkeypatch):
-    """Stands in for the streams of a GPU: the ordinary one, a side one, the current one (last)."""
-    streams = [MagicMock(), MagicMock(), None]
+def recordings(monkeypatch):
+    """Stands in for the streams of a GPU. Returns the recordings, of which the last goes on."""
+    recordings = [None]
 
     @contextmanager
-    def use(stream: object, **_: object) -> Iterator[None]:
-        streams[-1] = stream
+    def record(graph: Graph, stream: str, **_: object) -> Iterator[None]:
+        assert stream == "the current stream"
+        recordings.append(graph)
         try:
             yield
         except RuntimeError:
             raise RuntimeError("the recording is broken off") from None  # as the end of one says
         finally:
-            streams[-1] = streams[0]
+            recordings.append(None)
 
-    streams[-1] = streams[0]
-    monkeypatch.setattr(torch, "Generator", MagicMock())
-    stand_ins = {"Stream": lambda: streams[1], "current_stream": lambda: streams[-1]}
-    stand_ins |= {"stream": use, "graph": use, "CUDAGraph": Graph, "set_stream": MagicMock()}
-    for name, value in (stand_ins | {"default_generators": MagicMock()}).items():
+    stand_ins = {"graph": record, "CUDAGraph": Graph, "current_stream": lambda: "the current stream"}
+    for name, value in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    return streams
+    return recordings
 
 
-@pytest.mark.parametrize("works", [True, False])
-def test_recorded_schedule(works, streams, capfd):
-    """Three steps on a side stream, then one that is recorded, replayed from then on.
-
-    Where it cannot be recorded, one line says why, and steps are ordinary ones.
-    """
+def test_recorded_schedule(recordings):
+    """Three ordinary steps, then one that is recorded, and replayed from then on."""
     where = []
 
     def double(x: torch.Tensor) -> torch.Tensor:
-        where.append(streams[-1])
-        if not isinstance(streams[-1], Graph):
+        graph = recordings[-1]
+        where.append(graph)
+        if graph is None:
             return 2 * x
-        if not works:
-            raise RuntimeError("not permitted\nin a recording")
         output = torch.full_like(x, torch.nan)  # until it is replayed
-        streams[-1].kernels.append(lambda: output.copy_(2 * x))
+        graph.kernels.append(lambda: output.copy_(2 * x))
         return output
 
     recorded = utils.Recorded(double)
@@ -73,13 +66,22 @@ def test_recorded_schedule(works, streams, capfd):
     outputs = [recorded(x) for x in inputs]
     for i in range(7):  # later calls change neither
         assert inputs[i].tolist() == [i] * 2 and outputs[i].tolist() == [2 * i] * 2
-    assert where[:3] == [streams[1]] * 3 and isinstance(where[3], Graph)
-    assert where[4:] == ([] if works else [streams[0]] * 4)
-    assert streams[1].wait_stream.call_count == streams[0].wait_stream.call_count == 3
-    told = "main.py: the step is not recorded as a CUDA graph, and so it is slower: not permitted\n"
-    assert capfd.readouterr().err == ("" if works else told)
-    generator = torch.cuda.default_generators[0]
-    assert generator.manual_seed.mock_calls == [call(generator.initial_seed())] * (not works)
+    assert where == [None] * 3 + [recorded.graph]
+
+
+def test_recorded_failure(recordings):
+    """The error says why, and what to do."""
+
+    def wait(x: torch.Tensor) -> torch.Tensor:
+        if recordings[-1]:
+            raise RuntimeError("not permitted\nin a recording")
+        return x
+
+    recorded = utils.Recorded(wait)
+    for _ in range(3):
+        recorded(torch.zeros(2))
+    with pytest.raises(utils.UserError, match=r"--no-graph: not permitted$"):
+        recorded(torch.zeros(2))
 
 
 def keep_on_disk() -> None:
@@ -96,13 +98,12 @@ def test_recorded_losses(flags, toy_faces, tmp_path):
     for graph in ("--graph", "--no-graph"):
         outf = f"--outf={tmp_path / graph}"
         program = run(tmp_path, *argv, graph, outf, change=keep_on_disk)
-        assert program.wait() == 0 and "is not recorded" not in program.err, program.err
+        assert program.wait() == 0, program.err
         logs[graph] = rows(tmp_path / graph)
     for one, other in zip(*logs.values(), strict=True):
         for name in ("reconstruction", "penalty", "test_mse"):
-            assert float(one[name] or 0) == pytest.approx(
-                float(other[name] or 0), rel=0.02, abs=2e-3
-            )
+            expected = pytest.approx(float(other[name] or 0), rel=0.02, abs=2e-3)
+            assert float(one[name] or 0) == expected
 
 
 @needs_gpu
@@ -110,14 +111,16 @@ def test_recorded_rates(tmp_path):
     """A change of the rate takes effect."""
     argv = ["--dataroot=unused", *TINY, "--mode=mmd", "--cuda", f"--outf={tmp_path}"]
     device = torch.device("cuda", 0)
-    wae = main.Run(main.get_flags(argv)[0], utils.World(0, 1, device))
-    step = utils.Recorded(lambda x: main.train_step(wae, x))
+    wae = main.Run(main.parse(argv)[1], utils.World(0, 1, device))
     weight = wae.net.decoder.layers[0].weight
-    for factor in (1, 1, 1, 1, 1, 0, 1, 0):
-        wae.set_learning_rates(factor)
-        before = weight.detach().clone()
-        step(torch.rand(8, 3, 32, 32, device=device))
-        assert weight.equal(before) == (factor == 0)
+    batch = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8, device=device)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        step = utils.Recorded(main.Step(wae))
+        for factor in (1, 1, 1, 1, 1, 0, 1, 0):
+            wae.set_learning_rates(factor)
+            before = weight.detach().clone()
+            step(batch, wae.net.sample_prior(8))
+            assert weight.equal(before) == (factor == 0)
     assert step.graph is not None
 
 
@@ -136,17 +139,15 @@ def test_recorded_interrupt(toy_faces, tmp_path):
     assert steps(outf) == list(range(1, 3 * epochs + 4))
 
 
-def wait_in_steps() -> None:
-    """Lets each training step wait for the GPU."""
-    step = main.train_step
-    main.train_step = lambda run, x, *prior: step(run, x + 0 * x.sum().item(), *prior)
+def wait_for_gpu(run: main.Run) -> None:
+    """Waits, which a recording does not permit."""
+    next(run.net.parameters()).sum().item()
 
 
 @needs_gpu
 def test_recorded_step_that_waits(toy_faces, tmp_path):
-    """It goes on unrecorded, with one line."""
+    """The run ends with one line."""
     argv = [f"--dataroot={toy_faces}", *TINY, "--mode=mmd", "--cuda", "--niter=2"]
-    program = run(tmp_path, *argv, f"--outf={tmp_path / 'x'}", change=wait_in_steps).succeeds()
-    (line,) = program.messages
-    assert line.startswith("main.py: the step is not recorded as a CUDA graph")
-    assert steps(tmp_path / "x") == list(range(1, 7))
+    change = partial(after_step, 4, wait_for_gpu)
+    program = run(tmp_path, *argv, f"--outf={tmp_path / 'x'}", change=change)
+    program.fails(1, "the step cannot be recorded, try --no-graph: ")

@@ -7,13 +7,16 @@ process of the test.
 """
 
 import contextlib
+import fcntl
 import math
 import os
 import pty
 import random
 import shutil
 import signal
+import struct
 import sys
+import termios
 import threading
 import time
 from functools import partial
@@ -112,6 +115,7 @@ def test_train_on_a_terminal(events, mmd_flags, tmp_path):
     """Whatever it sends, and however often, the step ends and is saved."""
     outf = tmp_path / "out"
     terminal, other_end = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 25, 80, 0, 0))
     change = partial(on_terminal, os.ttyname(other_end))
     program = Program(tmp_path, *mmd_flags, *ENDLESS, f"--outf={outf}", change=change)
     os.set_blocking(terminal, False)
