@@ -859,21 +859,21 @@ def load_data(flags: Namespace, checkpoint: dict[str, Any] | None, world: World)
         UserError: they are not those of the run that is continued, or too few.
     """
     root, testroot = flags.dataroot, flags.testroot
-    if flags.evaluate and testroot:
+    stored = checkpoint["flags"] if checkpoint else vars(flags)
+    if flags.evaluate and testroot and str(testroot.resolve()) != stored["testroot"]:
         root, testroot = testroot, None
     crop = flags.crop or (utils.CELEBA_CROP if flags.dataset == "celebA" else None)
     how = (flags.image_size, crop, flags.channels, flags.cache_dir)
     data = utils.load_images(root, testroot, *how)
     n = len(data.names)
     own = checkpoint is None or checkpoint["images"] == data.digest
-    n_test = (checkpoint["flags"] if flags.evaluate else vars(flags))["n_test"]
-    if flags.evaluate and not own:
+    if testroot:
+        test = data.test
+    elif flags.evaluate and not own:
         test = np.arange(n)
         utils.warn(f"{root} has other images than the run; all of them are scored")
-    elif testroot:
-        test = data.test
     else:
-        n_test = n_test or max(2, min(n // 10, utils.CELEBA_TEST_IMAGES))
+        n_test = stored["n_test"] or max(2, min(n // 10, utils.CELEBA_TEST_IMAGES))
         test = utils.hold_out(data.names, min(n_test, n))
     train = np.setdiff1d(np.arange(n), test)
     if flags.evaluate:

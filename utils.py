@@ -4,6 +4,7 @@ Nothing here knows what an auto-encoder is. `main.py` puts these functions toget
 """
 
 import csv
+import errno
 import hashlib
 import io
 import json
@@ -244,9 +245,10 @@ def read_or_reason(path: Path, **how: Any) -> np.ndarray | str:
     except (PermissionError, FileNotFoundError) as error:
         return error.strerror
     except Exception as error:  # Pillow fails on broken files in many ways
-        if isinstance(error, OSError) and error.errno:
+        # A broken file may send Pillow to a place that is none.
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise UserError(f"{path}: {error.strerror}") from error
-        return str(error)
+        return first_line(error)
 
 
 def build_array(target: Path, paths: list[Path], **how: Any) -> None:
@@ -333,7 +335,7 @@ def load_images(
         with lock(folder, wait=True) if not target.exists() else nullcontext():
             if not target.exists():
                 build_array(target, paths, size=size, crop=crop, channels=channels)
-                for old in folder.glob(f"{prefix}_*"):
+                for old in folder.glob(f"*{prefix}_*"):
                     if old.stem != target.stem:
                         old.unlink(missing_ok=True)
     except WriteError as error:

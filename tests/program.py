@@ -15,7 +15,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -47,16 +47,11 @@ def _main(argv: list[str], folder: Path, options: dict) -> None:
     """Does what `python3 main.py ARGV` does, in a fork."""
     os.environ |= options.get("env", {})
     for number, name in ((1, "stdout"), (2, "stderr")):
-        path = options.get(name, folder / name)
-        if path is None:  # as `>&-` does
-            os.close(number)
-            setattr(sys, name, None)
-        else:
-            # To its end, since processes of a killed launcher may still write to it.
-            how = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-            os.dup2(os.open(path, how), number)
-            # A stream of its own, which knows a file from a pipe.
-            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
+        # To its end, since processes of a killed launcher may still write to it.
+        file = os.open(options.get(name, folder / name), os.O_WRONLY | os.O_TRUNC | os.O_APPEND)
+        os.dup2(file, number)
+        # A stream of its own, which knows a file from a pipe.
+        setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
     if "max_bytes" in options:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does: the write fails
         resource.setrlimit(resource.RLIMIT_FSIZE, (options["max_bytes"],) * 2)
@@ -71,13 +66,15 @@ def _main(argv: list[str], folder: Path, options: dict) -> None:
 class Program:
     """`python3 main.py ARGV`, started; what it prints goes to files in `folder`.
 
-    Options are `env`, `max_bytes` (of a file, as on a full disk), `stdout` and `stderr`
-    (where these go, or None for closed), and `change`, a function to call before main.main().
+    Options are `env`, `max_bytes` (of a file, as on a full disk), `stdout` and `stderr` (where
+    these go), and `change`, a function to call before main.main().
     """
 
     def __init__(self, folder: Path, *argv: object, **options: object):
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
+        for name in ("stdout", "stderr"):
+            (folder / name).touch()
         self.process = start(_main, [str(a) for a in argv], folder, options)
 
     def kill(self, number: int) -> None:
@@ -123,17 +120,12 @@ class Program:
     @property
     def out(self) -> str:
         """What it printed."""
-        return self.said("stdout")
+        return (self.folder / "stdout").read_text()
 
     @property
     def err(self) -> str:
         """What it printed on standard error: messages and tracebacks."""
-        return self.said("stderr")
-
-    def said(self, name: str) -> str:
-        """What is in a file of its output so far."""
-        path = self.folder / name
-        return path.read_text() if path.exists() else ""
+        return (self.folder / "stderr").read_text()
 
     @property
     def messages(self) -> list[str]:
@@ -146,21 +138,6 @@ def run(folder: Path, *argv: object, **options: object) -> Program:
     program = Program(folder, *argv, **options)
     program.wait()
     return program
-
-
-def children(pid: int) -> list[int]:
-    """The processes that a process has started."""
-    return [int(n) for n in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def all_end(pids: Iterable[int]) -> bool:
-    """Whether processes end within some seconds."""
-    end = time.monotonic() + 30
-    while running := [pid for pid in pids if Path(f"/proc/{pid}").exists()]:
-        if time.monotonic() > end:
-            break
-        time.sleep(0.05)
-    return not running
 
 
 def draw_faces(folder: Path, n_images: int) -> Path:
@@ -216,21 +193,20 @@ def unequal(a: Any, b: Any, name: str) -> list[str]:
     return [] if same else [name]
 
 
-def differences(a: Path, b: Path) -> list[str]:
-    """Names of what differs between the folders of two runs, leaving out the log's clock."""
-    names = [{path.name for path in folder.iterdir()} - {".lock"} for folder in (a, b)]
-    found = [f"{name}: only one has it" for name in sorted(names[0] ^ names[1])]
-    logs = [[row | {"images_per_s": ""} for row in rows(folder)] for folder in (a, b)]
-    found += unequal(*logs, "log.csv")
-    states = []
-    for folder in (a, b):
-        state = load(folder)
-        assert state.pop("log") == (folder / "log.csv").read_text()
+def comparable(path: Path) -> Any:
+    """What a file has in common with that of a like run: all but the clock and names of folders."""
+    if path.name == "log.csv":
+        return [row | {"images_per_s": ""} for row in rows(path.parent)]
+    if path.name == "checkpoint.pth.tar":
+        state = load(path.parent)
+        state["log"] = state["log"] == (path.parent / "log.csv").read_text()
         for name in ("optimizer_net", "optimizer_discriminator"):
             state.get(name, {}).pop("param_groups", None)  # the rate, which every step sets
-        states.append(state)
-    found += unequal(*states, "checkpoint.pth.tar")
-    for name in sorted(name for name in names[0] & names[1] if name.endswith(".png")):
-        found += unequal((a / name).read_bytes(), (b / name).read_bytes(), name)
-    metrics = [(folder / "metrics.json").read_text() for folder in (a, b)]
-    return found + unequal(*metrics, "metrics.json")
+        return state
+    return path.is_file() and path.name != "args.json" and path.read_bytes()
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """Names of what differs, in any bit, between the files of two runs."""
+    names = sorted({path.name for folder in (a, b) for path in folder.iterdir()})
+    return [x for name in names for x in unequal(comparable(a / name), comparable(b / name), name)]

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import struct
 import threading
 import time
 from collections import Counter
@@ -297,23 +298,24 @@ def test_load_images_skips(tmp_path, capfd, reading):
     (faces / "c\n.png").write_text("hello")  # a strange name stays in the line
     whole = save(faces / "d.png", noise()).read_bytes()
     (faces / "d.png").write_bytes(whole[:600])
+    (faces / "e.tif").write_bytes(struct.pack("<4sHHQ", b"II+\0", 8, 0, 2**62))  # begins nowhere
     for kind in "FI":
         save(faces / f"{kind}.tiff", Image.new(kind, (20, 20)))
     words = ["5 x a web page (faces/a0.jpg, faces/a1.jpg, faces/a2.jpg, ...)"]
     words += ["1 x a pointer of Git LFS; `git lfs pull` brings the images (faces/b.png)"]
     words += [r"1 x not an image (faces/c\n.png)", "2 x its pixels are signed, of 32 bits"]
-    words += ["(faces/F.tiff, faces/I.tiff)", "truncated (faces/d.png)"]
+    words += ["(faces/F.tiff, faces/I.tiff)", "truncated (faces/d.png)", "(faces/e.tif)"]
     for _ in range(2):
         data = load(tmp_path)
         assert data.names == [f"faces/{i:03d}.bmp" for i in range(6)]
         assert np.array_equal(data.images[5], square(faces / "005.bmp"))
         (line,) = capfd.readouterr().err.splitlines()
-        assert line.startswith("main.py: skipped 10 of 16 images: ")
+        assert line.startswith("main.py: skipped 11 of 17 images: ")
         assert [word for word in words if word not in line] == []
-    assert reading.count == 16
+    assert reading.count == 17
     for path in faces.glob("0*"):
         path.unlink()
-    with pytest.raises(utils.UserError, match="none of the 10 images can be read: 2 x its pixels"):
+    with pytest.raises(utils.UserError, match="none of the 11 images can be read: 2 x its pixels"):
         load(tmp_path)
 
 

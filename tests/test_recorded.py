@@ -42,7 +42,11 @@ def recordings(monkeypatch):
         finally:
             recordings.append(None)
 
-    stand_ins = {"graph": record, "CUDAGraph": Graph, "current_stream": lambda: "the current stream"}
+    stand_ins = {
+        "graph": record,
+        "CUDAGraph": Graph,
+        "current_stream": lambda: "the current stream",
+    }
     for name, value in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, value)
     return recordings

@@ -1,9 +1,6 @@
 """Interruptions, broken checkpoints, full disks: what is said, and what is left.
 
-KILLS=20 python3 -m pytest tests/test_survival.py -k killed -n 2 -s
-
-makes a longer series of kills. Where nothing needs a process of its own, the program runs in the
-process of the test.
+`KILLS=20 python3 -m pytest tests/test_survival.py -k killed -n 0 -s` makes a longer series.
 """
 
 import contextlib
@@ -61,10 +58,6 @@ def copy(trained, tmp_path):
 def send(number: int, *_: object) -> None:
     """Sends a signal to this process."""
     os.kill(os.getpid(), number)
-
-
-# --------------------------------------------------------------------------------------------------
-# Interrupted runs
 
 
 @pytest.mark.parametrize("mode", ["gan", "mmd", "vae"])
@@ -127,6 +120,7 @@ def test_train_on_a_terminal(events, mmd_flags, tmp_path):
         return b"%|" in b"".join(shown)
 
     program.wait_until(lambda: log_lines(outf) > 2 and has_bar())
+    os.close(other_end)
     for event in events:
         if event == "Ctrl-C":
             os.write(terminal, b"\x03")
@@ -138,11 +132,11 @@ def test_train_on_a_terminal(events, mmd_flags, tmp_path):
     assert steps(outf) == list(range(1, load(outf)["step"] + 1))
 
 
-@pytest.mark.parametrize("what", ["closed", "full", "pipe"])
+@pytest.mark.parametrize("what", ["full", "pipe"])
 def test_train_output_that_goes_nowhere(what, mmd_flags, tmp_path):
     """It does not keep Ctrl-C from writing a checkpoint."""
     outf = tmp_path / "out"
-    where = {"closed": None, "full": "/dev/full", "pipe": tmp_path / "pipe"}[what]
+    where = tmp_path / "pipe" if what == "pipe" else "/dev/full"
     os.mkfifo(tmp_path / "pipe")
     flags = [*mmd_flags, *ENDLESS, f"--outf={outf}", "--checkpoint_every=1e9"]
     program = Program(tmp_path, *flags, stdout=where, stderr=where)
@@ -181,7 +175,7 @@ def test_evaluate_interrupted(copy, trained, tmp_path):
     program.wait_until((copy / "eval" / "samples_prior").exists)
     program.kill(signal.SIGINT)
     program.fails(130, "interrupted")
-    assert differences(trained["mmd"], copy) == ["eval: only one has it"]
+    assert differences(trained["mmd"], copy) == []
 
 
 def test_execute_leaves_handlers(mmd_flags, trained, tmp_path):
@@ -244,7 +238,7 @@ def kill(program: Program, outf: Path, moment: str, epochs: int, rng: random.Ran
 @pytest.mark.parametrize("mode", ["gan", "mmd"])
 def test_train_killed(mode, tiny_flags, tmp_path):
     """By SIGKILL at any moment and continued, a run has the bits of one that was not."""
-    kills = int(os.environ.get("KILLS", 3))
+    kills = int(os.environ.get("KILLS", 2))
     flags = [*tiny_flags, f"--mode={mode}", f"--niter={2 * kills}", "--sample_every=3"]
     run(tmp_path, *flags, f"--outf={tmp_path / 'whole'}").succeeds()
     outf, rng = tmp_path / "killed", random.Random(kills)
@@ -269,10 +263,6 @@ def test_train_checkpoint_every(seconds, saved, mmd_flags, tmp_path, monkeypatch
     flags = [*mmd_flags, "--niter=2", "--print_every=2", f"--checkpoint_every={seconds}"]
     assert main.execute([*flags, f"--outf={tmp_path / 'x'}"]) == 0
     assert steps_saved == saved
-
-
-# --------------------------------------------------------------------------------------------------
-# Folders that have something in them already
 
 
 def test_execute_complete(trained, mmd_flags, tmp_path, monkeypatch, capfd):
@@ -338,17 +328,8 @@ class Hostile:
         return os.mkdir, (str(self.mark),)
 
 
-EDITS = {
-    "hostile": lambda state, mark: state.update(more=Hostile(mark)),
-    "other program's": lambda state, _: state.pop("net"),
-    "other flags": lambda state, _: state["flags"].update(nz=8),
-    "other shapes": lambda state, _: state["net"].update({"encoder.moments.bias": torch.ones(3)}),
-}
 BROKEN = {
-    "folder": "no such file",
-    "fifo": "no such file",
     "empty": "not a whole checkpoint",
-    "text": "not a whole checkpoint",
     "cut": "(not a whole checkpoint|cannot be read)",
     "hostile": "not a whole checkpoint",
     "other program's": "not a checkpoint of this program",
@@ -360,26 +341,22 @@ BROKEN = {
 @pytest.mark.parametrize("what", BROKEN)
 def test_load_checkpoint_broken(what, copy, mmd_flags, tmp_path):
     """One line, and nothing is touched, still less executed."""
-    path, mark = copy / CHECKPOINT, tmp_path / "executed"
-    state, half = load(copy), path.read_bytes()[:20000]
-    path.unlink()
-    if what == "folder":
-        path.mkdir()
-    elif what == "fifo":
-        os.mkfifo(path)
-    elif what in EDITS:
-        EDITS[what](state, mark)
-        torch.save(state, path)
-    else:
-        path.write_bytes({"empty": b"", "text": b"not a checkpoint\n" * 100, "cut": half}[what])
+    state, whole = load(copy), (copy / CHECKPOINT).read_bytes()
+    if what == "hostile":
+        state["more"] = Hostile(tmp_path / "executed")
+    elif what == "other program's":
+        state.pop("net")
+    elif what == "other flags":
+        state["flags"]["nz"] = 8
+    elif what == "other shapes":
+        state["net"] = dict.fromkeys(state["net"], torch.ones(3))
+    torch.save(state, copy / CHECKPOINT)
+    if what in ("empty", "cut"):
+        (copy / CHECKPOINT).write_bytes(whole[: 20000 * (what == "cut")])
     before = contents(copy)
     with pytest.raises(utils.UserError, match=BROKEN[what]):
         main.execute([*mmd_flags, f"--outf={copy}", "--niter=2"])
-    assert contents(copy) == before and not mark.exists()
-
-
-# --------------------------------------------------------------------------------------------------
-# Numbers that are not finite, and full disks
+    assert contents(copy) == before and not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("print_every", [1, 100])

@@ -1,1 +1,0 @@
-from program import differences, draw_faces, unequal  # noqa: F401
