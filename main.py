@@ -21,6 +21,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -45,6 +46,9 @@ CHECKPOINT = "checkpoint.pth.tar"
 LOSSES = ("reconstruction", "penalty", "discriminator")
 METRICS = ("test_mse", "test_mmd", "test_w2", "eigenvalue_min", "eigenvalue_max", "noise_variance")
 COLUMNS = ("epoch", "step", *LOSSES, "lr", "images_per_s", *METRICS)
+
+# DistributedDataParallel calls this flag otherwise from PyTorch 2.13 on.
+warnings.filterwarnings("ignore", message=".*broadcast_buffers")
 
 # What each mode means where nothing else is typed: the settings of `run.sh` and of the README.
 RECIPES = {
@@ -254,8 +258,8 @@ def get_flags(typed: dict[str, Any], flags: Namespace) -> tuple[Namespace, dict[
     free = MAY_CHANGE if trains else MAY_CHANGE_IN_USE
     if differ := {k: v for k, v in typed.items() if k not in free and v != stored.get(k)}:
         pairs = ", ".join(f"--{k}={v} (checkpoint: {stored.get(k)})" for k, v in differ.items())
-        where = f"{source(flags)} was trained with different flags"
-        raise UsageError(f"{where}: {pairs}; use another --outf")
+        hint = "; use another --outf" if trains else ""
+        raise UsageError(f"{source(flags)} was trained with different flags: {pairs}{hint}")
     brought = {k: v for k, v in stored.items() if k in vars(flags).keys() - NOT_KEPT}
     brought |= {k: Path(stored[k]) for k in PATHS if stored.get(k)}
     if not trains:
@@ -361,7 +365,8 @@ class Run:
         state = {"step": self.step, "epoch": self.epoch, "log": self.log}
         state |= {"mixture": self.mixture, "nats_of_prior": self.nats_of_prior}
         state |= {name: network.state_dict() for name, network in self.networks.items()}
-        return state | {f"optimizer_{k}": adam.state_dict() for k, adam in self.optimizers.items()}
+        moments = {k: adam.state_dict()["state"] for k, adam in self.optimizers.items()}
+        return state | {f"optimizer_{name}": value for name, value in moments.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copies what a checkpoint keeps; it may have no optimisers, if it is not trained on.
@@ -378,7 +383,8 @@ class Run:
         for name, adam in self.optimizers.items():
             if moments := state.get(f"optimizer_{name}"):
                 # The rates stay: they are tensors on this device.
-                adam.load_state_dict(moments | {"param_groups": adam.state_dict()["param_groups"]})
+                groups = adam.state_dict()["param_groups"]
+                adam.load_state_dict({"state": moments, "param_groups": groups})
 
     def load_networks(self, state: dict[str, Any]) -> None:
         """Copies the weights of a checkpoint. Raises UserError if they have other shapes."""
@@ -544,6 +550,7 @@ def train(run: Run, data: Data) -> int:
         nonlocal saved
         signum = stop.agreed(world)
         due = due and time.perf_counter() - saved >= flags.checkpoint_every
+        due = due or run.epoch == flags.niter
         if log and (signum or due):
             save(run, log, data)
             saved = time.perf_counter()

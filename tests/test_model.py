@@ -424,14 +424,14 @@ def test_gaussian_codes():
 # Metrics of codes
 
 
-def test_gaussian_w2_is_the_distance_of_gaussians():
+def test_gaussian_scores_has_the_distance_of_gaussians():
     codes = (3 + double(50, 6) @ double(6, 6)).float()
     # |m|^2 + tr(A + B - 2 (B^1/2 A B^1/2)^1/2) for covariances A and B = 1.5^2 I. The last trace is
     # the sum of the roots of the eigenvalues of A B.
     a, b = np.cov(codes.double().T), 1.5**2 * np.eye(6)
     roots = np.sqrt(np.linalg.eigvals(a @ b).real)
     expected = (codes.double().numpy().mean(0) ** 2).sum() + np.trace(a + b) - 2 * roots.sum()
-    assert model.gaussian_w2(codes, 1.5).item() == pytest.approx(expected, 1e-6)
+    assert model.gaussian_scores(codes, 1.5)[0].item() == pytest.approx(expected, 1e-6)
     values, vectors = model.covariance_eigenvalues(codes)
     np.testing.assert_allclose(vectors * values @ vectors.T, a, rtol=1e-9)
     assert values.tolist() == sorted(values.tolist())
