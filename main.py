@@ -377,7 +377,7 @@ class Run:
         self.step, self.epoch = state["step"], state.get("epoch", 0)
         self.log = state.get("log", "")
         if mixture := state.get("mixture"):
-            self.mixture = {k: v.to(self.world.device) for k, v in mixture.items()}
+            self.mixture = {k: v.double().to(self.world.device) for k, v in mixture.items()}
             self.nats_of_prior = state["nats_of_prior"]
         self.load_networks(state)
         for name, adam in self.optimizers.items():

@@ -520,7 +520,7 @@ def gaussian_scores(codes: Tensor, pz_scale: float = 1.0) -> Tensor:
 
 
 @cache
-def prior_scores(n: int, nz: int, pz_scale: float, draws: int = 10) -> tuple[Tensor, Tensor]:
+def prior_scores(n: int, nz: int, pz_scale: float, draws: int = 20) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of `gaussian_scores` of n samples of the prior, (3,) each.
 
     The draws are always the same ones. A figure of n codes that is near them cannot be told from

@@ -223,7 +223,7 @@ def read_image(path: Path | str, size: int, crop: int | None, channels: int) -> 
     left, top = ((length - side) // 2 for length in image.size)
     square = image.crop((left, top, left + side, top + side))
     # The official implementation resizes by Lanczos, too; sharpness and FID depend on it.
-    pixels = np.asarray(square.resize((size, size), Image.Resampling.LANCZOS))
+    pixels = np.array(square.resize((size, size), Image.Resampling.LANCZOS))
     return pixels.reshape(size, size, channels)
 
 
