@@ -26,7 +26,6 @@ from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,7 @@ COLUMNS = ("epoch", "step", *LOSSES, "lr", "images_per_s", *METRICS)
 # DistributedDataParallel calls this flag otherwise from PyTorch 2.13 on.
 warnings.filterwarnings("ignore", message=".*broadcast_buffers")
 
-# What each mode means where nothing else is typed: the settings of `run.sh` and of the README.
+# What each mode means where nothing else is typed, as in `run.sh`.
 RECIPES = {
     "gan": {"LAMBDA": 1.0, "lr": 0.0003, "noise": "add_noise", "e_pretrain": True},
     "mmd": {"LAMBDA": 30.0, "lr": 0.001, "noise": "add_noise", "e_pretrain": True},
@@ -59,11 +58,11 @@ RECIPES = {
 PAPER_EPOCHS = 55  # the length of the run that the paper's schedule of learning rates is made for
 ADAM_BETAS = (0.5, 0.999)
 PRETRAIN_STEPS, PRETRAIN_BATCH = 200, 256  # at most so many steps, of so many images
-BATCH_NORM_BATCHES = 100  # that batch norm is re-estimated from at an epoch's end
+BATCH_NORM_BATCHES = 100  # an epoch ends with a new estimate of batch norm from so many
 GPU_BATCH = 1024  # images of 64 pixels that a GPU encodes or decodes at a time in an evaluation
 
-NETWORK_FLAGS = ("image_size", "channels", "nz", "nf", "arch", "noise", "input_normalize_sym")
-NETWORK_FLAGS += ("pz_scale",)
+SHAPES = ("image_size", "channels", "nz", "nf", "arch", "noise")
+NETWORK_FLAGS = (*SHAPES, "input_normalize_sym", "pz_scale")
 PATHS = ("dataroot", "testroot", "cache_dir")  # flags that are absolute in a checkpoint
 # Flags of a single command or of a machine: a checkpoint does not bring them.
 NOT_KEPT = {"checkpoint", "init", "outf", "evaluate", "generate", "density"}
@@ -212,22 +211,18 @@ def get_parser() -> Parser:
 
 
 def parse(argv: list[str]) -> tuple[dict[str, Any], Namespace]:
-    """The flags that are typed; and all flags, where there is no checkpoint to bring some.
-
-    Raises UsageError, and UserError if the checkpoint that is asked for is not there.
-    """
+    """The flags that are typed, and all flags; a checkpoint may still bring others."""
     parser = get_parser()
     defaults = vars(parser.parse_args([]))
     untyped = object()
     given = vars(parser.parse_args(argv, Namespace(**dict.fromkeys(defaults, untyped))))
     typed = {name: value for name, value in given.items() if value is not untyped}
     flags = complete(defaults | typed)
-    used = flags.checkpoint or flags.evaluate or flags.generate
-    if not source(flags).exists():
-        if used:
-            raise UserError(f"{source(flags)}: no such file")
-        check(flags)
-    return typed, flags
+    if source(flags).exists():
+        return typed, flags  # `get_flags` checks them, with what the checkpoint brings
+    if flags.checkpoint or flags.evaluate or flags.generate:
+        raise UserError(f"{source(flags)}: no such file")
+    return typed, check(flags)  # before a folder is made or a process is started
 
 
 def source(flags: Namespace) -> Path:
@@ -252,9 +247,10 @@ def get_flags(typed: dict[str, Any], flags: Namespace) -> tuple[Namespace, dict[
     """
     if not source(flags).exists():
         return flags, None
-    checkpoint = utils.load_checkpoint(source(flags), "flags", "net", "step", "images")
-    stored = checkpoint["flags"]
     trains = not (flags.evaluate or flags.generate)
+    needed = ("epoch", "log", "optimizer_net") if trains else ()
+    checkpoint = utils.load_checkpoint(source(flags), "flags", "net", "step", "images", *needed)
+    stored = checkpoint["flags"]
     free = MAY_CHANGE if trains else MAY_CHANGE_IN_USE
     if differ := {k: v for k, v in typed.items() if k not in free and v != stored.get(k)}:
         pairs = ", ".join(f"--{k}={v} (checkpoint: {stored.get(k)})" for k, v in differ.items())
@@ -267,16 +263,19 @@ def get_flags(typed: dict[str, Any], flags: Namespace) -> tuple[Namespace, dict[
         replaced = {"dataroot": "testroot", "dataset": "crop"}
         brought |= dict.fromkeys(["n_test", *(replaced[k] for k in typed if k in replaced)])
     flags = complete(vars(flags) | brought | typed)
+    if flags.evaluate and "testroot" in typed:
+        flags.dataroot, flags.testroot = flags.testroot, None
     here = flags.outf / CHECKPOINT
     if trains and here.exists() and not source(flags).samefile(here):
-        raise UsageError(f"--outf={flags.outf} holds another run; choose another --outf")
+        hint = "leave out --checkpoint if it is this one, or choose another --outf"
+        raise UsageError(f"--outf={flags.outf} holds a run; {hint}")
     return check(flags), checkpoint
 
 
 def check(flags: Namespace) -> Namespace:
     """The flags. Raises UsageError where they contradict each other or this machine."""
     trains = not (flags.evaluate or flags.generate)
-    if flags.dataroot is None and (trains or (flags.evaluate and flags.testroot is None)):
+    if flags.dataroot is None and not flags.generate:
         raise UsageError("--dataroot is required: the folder with the folders of images")
     for name in ("dataroot", "testroot"):
         root = getattr(flags, name)
@@ -318,7 +317,8 @@ class Run:
         self.step = 0  # steps that are done
         self.epoch = 0  # epochs that are done, with their metrics
         self.log = ""
-        # Fitted to the codes after the last epoch, and what the same of prior samples scores.
+        # The mixture is fitted to training codes after the last epoch. `nats_of_prior` is the score
+        # of one that is fitted to as many prior samples.
         self.mixture: dict[str, Tensor] | None = None
         self.nats_of_prior = math.nan
 
@@ -369,11 +369,7 @@ class Run:
         return state | {f"optimizer_{name}": value for name, value in moments.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Copies what a checkpoint keeps; it may have no optimisers, if it is not trained on.
-
-        Raises:
-            UserError: its networks have other shapes.
-        """
+        """Copies what a checkpoint keeps; it may have no optimisers, if it is not trained on."""
         self.step, self.epoch = state["step"], state.get("epoch", 0)
         self.log = state.get("log", "")
         if mixture := state.get("mixture"):
@@ -387,38 +383,42 @@ class Run:
                 adam.load_state_dict({"state": moments, "param_groups": groups})
 
     def load_networks(self, state: dict[str, Any]) -> None:
-        """Copies the weights of a checkpoint. Raises UserError if they have other shapes."""
+        """Copies the weights of a checkpoint. Raises UserError if they do not fit."""
         for name in self.networks.keys() & state.keys():
             try:
                 self.networks[name].load_state_dict(state[name])
             except RuntimeError as error:
-                shape = " ".join(f"--{k}={state['flags'].get(k)}" for k in NETWORK_FLAGS[:6])
-                raise UserError(f"the checkpoint's {name} has other shapes: {shape}") from error
+                shape = " ".join(f"--{flag}={state['flags'].get(flag)}" for flag in SHAPES)
+                message = f"the checkpoint's {name} does not fit; it is of a run with {shape}"
+                raise UserError(message) from error
 
 
 # --------------------------------------------------------------------------------------------------
 # One step
 
 
-class Step:
-    """One step of Algorithm 1 (gan) or 2 (mmd) of the paper, or of a VAE.
+def distribute(network: nn.Module, world: World) -> DistributedDataParallel:
+    """The network for one of several processes: its gradients are averaged."""
+    gpus = [world.device.index] if world.device.type == "cuda" else None
+    return DistributedDataParallel(network, device_ids=gpus, broadcast_buffers=False)
 
-    It does not wait for the GPU, except on several GPUs, whose batch norm is synchronised.
-    """
+
+class Step:
+    """One step of Algorithm 1 (gan) or 2 (mmd) of the paper, or of a VAE."""
 
     def __init__(self, run: Run):
-        self.run, flags, world = run, run.flags, run.world
+        self.run = run
+        flags, world = run.flags, run.world
         self.kernel = model.Kernel(
             flags.nz, flags.pz_scale, flags.kernel, flags.imq_scales, flags.quadratic, world.device
         )
-        # The networks as several processes, which average gradients, and a compiler call them.
+        # Several processes and the compiler wrap these; `run` keeps the networks themselves.
         self.net, self.discriminator = run.net, run.discriminator
         self.mmd = model.exact_mmd if flags.mmd == "exact" else model.sampled_mmd
         if world.size > 1:
-            gpus = [world.device.index] if flags.cuda else None
-            several = partial(DistributedDataParallel, device_ids=gpus, broadcast_buffers=False)
-            self.net = several(run.net)
-            self.discriminator = several(run.discriminator) if run.discriminator else None
+            self.net = distribute(run.net, world)
+            if run.discriminator:
+                self.discriminator = distribute(run.discriminator, world)
         if flags.compile:
             self.net, self.mmd = torch.compile(self.net), torch.compile(self.mmd)
 
@@ -527,42 +527,43 @@ def batch_rows(train: np.ndarray, steps: range, flags: Namespace, world: World) 
 def train(run: Run, data: Data) -> int:
     """Trains to the last epoch. Returns 0, or the signal that ended it after some step."""
     flags, world = run.flags, run.world
+    per_epoch = len(data.train) // flags.batch_size
+    last = flags.niter * per_epoch
+    if run.step > last:
+        raise UsageError(f"--niter={flags.niter}: the run is at step {run.step} already, of {last}")
     log = start_log(run, data) if world.rank == 0 else None
-    if flags.e_pretrain and run.step == 0 and not flags.init:
+    weights = sum(weight.numel() for weight in run.net.parameters())
+    size = f"{weights:,} weights; {world.size} x {world.device.type}; {per_epoch} steps an epoch"
+    utils.say(f"{utils.count_images(data)}; {size}")
+    if run.step:
+        utils.warn(f"continuing the run in {flags.outf} from step {run.step} of {last}")
+    elif flags.e_pretrain and not flags.init:
         pretrain_encoder(run, data)
 
-    per_epoch = len(data.train) // flags.batch_size
-    first, last = run.step, flags.niter * per_epoch
-    rows = batch_rows(data.train, range(first, last), flags, world)
+    rows = batch_rows(data.train, range(run.step, last), flags, world)
     batches = utils.batches(data.images, rows, world.device)
     step = Step(run)
     if flags.graph and flags.cuda and world.size == 1:
         step = utils.Recorded(step)
-    weights = sum(weight.numel() for weight in run.net.parameters())
-    size = f"{weights:,} weights; {world.size} x {world.device.type}; {per_epoch} steps an epoch"
-    utils.say(f"{utils.count_images(data)}; {size}")
-    if first:
-        utils.warn(f"continuing the run in {flags.outf} from step {first} of {last}")
-    begun = saved = time.perf_counter()
+    saved = time.perf_counter()
 
-    def pause(due: bool) -> int:
-        """Saves if it is time, or if any process got a signal. Returns that."""
+    def save_or_stop(due: bool) -> int:
+        """Saves if it is due, and if any process got a signal. Returns the signal, or 0."""
         nonlocal saved
         signum = stop.agreed(world)
         due = due and time.perf_counter() - saved >= flags.checkpoint_every
-        due = due or run.epoch == flags.niter
-        if log and (signum or due):
+        if log and (signum or due or run.epoch == flags.niter):
             save(run, log, data)
             saved = time.perf_counter()
         if signum:
             utils.warn(f"stopped after step {run.step} of {last}; the same command continues")
         return signum
 
-    with utils.progress("", last, initial=first, unit="step") as bar, utils.Stop() as stop:
+    with utils.progress("", last, initial=run.step, unit="step") as bar, utils.Stop() as stop:
         while run.epoch < flags.niter:
             run.net.train()
-            started, done = time.perf_counter(), 0
-            for batch in itertools.islice(batches, (run.epoch + 1) * per_epoch - run.step):
+            begun, first = time.perf_counter(), run.step
+            for batch in itertools.islice(batches, (run.epoch + 1) * per_epoch - first):
                 # One step. Every draw is a function of seed and step: no generator state to resume.
                 run.set_learning_rates(learning_rate_factor(run.step, per_epoch, flags))
                 utils.set_seed(flags.seed, "prior", run.step)  # alike in all processes
@@ -570,25 +571,22 @@ def train(run: Run, data: Data) -> int:
                 utils.set_seed(flags.seed, "noise", run.step, world.rank)  # unlike in each
                 losses = step(batch, prior)
                 run.step += 1
-                done += 1
                 bar.update()
 
                 # Log, save, and stop if asked to. Processes wait for each other at rows alone.
                 row = run.step % flags.print_every == 0
                 if row:
-                    speed = done * flags.batch_size / (time.perf_counter() - started)
-                    log_losses(run, log, bar, losses, speed)
-                if (row or world.size == 1) and (signum := pause(due=row)):
+                    log_losses(run, log, bar, losses, first, begun)
+                if (row or world.size == 1) and (signum := save_or_stop(due=row)):
                     return signum
 
             # End of an epoch. Save last: on resume, all that was written before is trusted.
-            speed = done * flags.batch_size / (time.perf_counter() - started)
+            seconds = (time.perf_counter() - begun) / max(1, run.step - first)  # a step
             refresh_batch_norm(run, data, None if run.step == last else BATCH_NORM_BATCHES)
             run.epoch += 1
             if log:
-                left = (time.perf_counter() - begun) / max(1, run.step - first) * (last - run.step)
-                end_epoch(run, log, data, speed, left)
-            if signum := pause(due=True):
+                end_epoch(run, log, data, flags.batch_size / seconds, seconds * (last - run.step))
+            if signum := save_or_stop(due=True):
                 return signum
     utils.leave_world()  # now, since the others would not wait for what follows
     if log:
@@ -612,11 +610,12 @@ def start_log(run: Run, data: Data) -> utils.Log:
 
 
 def log_losses(
-    run: Run, log: utils.Log | None, bar: tqdm, losses: Tensor, images_per_s: float
+    run: Run, log: utils.Log | None, bar: tqdm, losses: Tensor, first: int, begun: float
 ) -> None:
     """Writes a row of the losses (3,) of the last step. Raises UserError if one is not finite.
 
-    A mean over the steps since the last row would differ after a resume.
+    A mean over the steps since the last row would differ after a resume. The speed is that since
+    step `first` of the epoch, at the time `begun`.
     """
     used = LOSSES if run.discriminator else LOSSES[:2]
     values = dict(zip(used, utils.average(losses, run.world).tolist(), strict=False))
@@ -625,8 +624,9 @@ def log_losses(
             raise diverged(run, f"{name} is {value}")
     if log:
         lr = run.flags.lr * run.rate_factor
-        speed = round(images_per_s, 1)
-        log.add(epoch=run.epoch + 1, step=run.step, **values, lr=lr, images_per_s=speed)
+        speed = (run.step - first) * run.flags.batch_size / (time.perf_counter() - begun)
+        row = {"epoch": run.epoch + 1, "step": run.step, "lr": lr, "images_per_s": round(speed, 1)}
+        log.add(**row, **values)
         bar.set_description(f"epoch {run.epoch + 1}/{run.flags.niter}", refresh=False)
         bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
 
@@ -709,8 +709,8 @@ def eval_batch(flags: Namespace) -> int:
 
 
 def images_in_order(run: Run, data: Data, rows: np.ndarray) -> Iterator[Tensor]:
-    """Batches of the images of these rows, (n, C, S, S), for codes that are alike every time."""
-    utils.set_seed(run.flags.seed, "encode")  # a Gaussian encoder draws them
+    """Batches of the images of these rows, (n, C, S, S)."""
+    utils.set_seed(run.flags.seed, "encode")  # a Gaussian encoder draws the same codes every time
     n = eval_batch(run.flags)
     parts = np.split(rows, range(n, len(rows), n))
     return map(utils.from_uint8, utils.batches(data.images, parts, run.world.device))
@@ -861,41 +861,29 @@ def load_data(flags: Namespace, checkpoint: dict[str, Any] | None, world: World)
     """The images of --dataroot and --testroot; on the GPU if they fit.
 
     An evaluation sees the held-out images of the run, or all images of another folder.
-
-    Raises:
-        UserError: they are not those of the run that is continued, or too few.
     """
-    root, testroot = flags.dataroot, flags.testroot
-    stored = checkpoint["flags"] if checkpoint else vars(flags)
-    if flags.evaluate and testroot and str(testroot.resolve()) != stored["testroot"]:
-        root, testroot = testroot, None
     crop = flags.crop or (utils.CELEBA_CROP if flags.dataset == "celebA" else None)
     how = (flags.image_size, crop, flags.channels, flags.cache_dir)
-    data = utils.load_images(root, testroot, *how)
-    n = len(data.names)
+    data = utils.load_images(flags.dataroot, flags.testroot, *how)
     own = checkpoint is None or checkpoint["images"] == data.digest
-    if testroot:
-        test = data.test
-    elif flags.evaluate and not own:
-        test = np.arange(n)
-        utils.warn(f"{root} has other images than the run; all of them are scored")
-    else:
-        n_test = stored["n_test"] or max(2, min(n // 10, utils.CELEBA_TEST_IMAGES))
-        test = utils.hold_out(data.names, min(n_test, n))
-    train = np.setdiff1d(np.arange(n), test)
+    if own and not flags.testroot:
+        n_test = checkpoint["flags"]["n_test"] if checkpoint else flags.n_test
+        data = utils.hold_out(data, n_test)
     if flags.evaluate:
-        n_test = min(len(test), flags.n_test or len(test))
-        test = test[np.linspace(0, len(test) - 1, n_test).astype(int)]
-    data = data._replace(train=train, test=test)
-    if not flags.evaluate:
         if not own:
-            hint = "bring those back, or start again in another --outf"
-            raise UserError(f"{root}: not the images that the run was trained on; {hint}")
-        if len(train) < flags.batch_size:
-            flag = f"--batch_size={flags.batch_size}"
-            raise UsageError(f"{flag}: {len(train)} images to train on, of {n}, are too few")
-        if not testroot:
-            utils.warn_of_folders(root, data.names)
+            utils.warn(f"not the images of the run: all of {flags.dataroot} are scored")
+            data = data._replace(test=np.arange(len(data.names)))
+        n_test = min(len(data.test), flags.n_test or len(data.test))
+        test = data.test[np.linspace(0, len(data.test) - 1, n_test).astype(int)]
+        return data._replace(test=test)
+    if not own:
+        hint = "bring those back, or start again in another --outf"
+        raise UserError(f"{flags.dataroot}: not the images that the run was trained on; {hint}")
+    if len(data.train) < flags.batch_size or len(data.test) == 0:
+        counts = f"{len(data.train)} images to train on and {len(data.test)} held out"
+        raise UsageError(f"--batch_size={flags.batch_size}: {counts} are too few")
+    if not flags.testroot:
+        utils.warn_of_folders(flags.dataroot, data.names)
     return data._replace(images=utils.put_on_device(data.images, world.device))
 
 
@@ -906,7 +894,11 @@ def execute(argv: list[str]) -> int:
     if trains and flags.ngpu > 1 and not is_torchelastic_launched():
         launch(flags.ngpu, argv)
     world = utils.join_world(flags.cuda, flags.gpu_id)
-    folder = flags.outf if trains else flags.outf / ("eval" if flags.evaluate else "generated")
+    folder = flags.outf
+    if flags.evaluate:
+        folder /= "eval"
+    elif flags.generate:
+        folder /= "generated"
     # A CUDA graph is recorded on another stream than the default one. All work is on that stream,
     # so that memory that is free in one part of the program can be used by the others.
     stream = torch.cuda.stream(torch.cuda.Stream()) if flags.cuda else nullcontext()
@@ -927,9 +919,9 @@ def execute(argv: list[str]) -> int:
             return evaluate(run, data, folder)
         if run.epoch >= flags.niter and run.mixture:
             utils.say(f"the run in {flags.outf} is complete; a larger --niter continues it")
-            signum = 0
-        else:
-            signum = train(run, data)
+            utils.leave_world()
+            return 0
+        signum = train(run, data)
         utils.leave_world()
         return 128 + signum if signum else 0
 
@@ -939,7 +931,7 @@ def launch(processes: int, argv: list[str]) -> None:
     # After a signal, a process has this long to end its step and to write a checkpoint.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
     names = ",".join(signal.Signals(number).name for number in utils.Stop.SIGNALS)
-    os.environ.setdefault("TORCHELASTIC_SIGNALS_TO_HANDLE", names)
+    os.environ.setdefault("PET_SIGNALS_TO_HANDLE", names)  # --signals-to-handle of torchrun
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
     command = [*torchrun, f"--nproc_per_node={processes}", os.path.abspath(__file__), *argv]
     os.execv(sys.executable, [sys.executable, *command])

@@ -282,9 +282,9 @@ def squared_distances(a: Tensor, b: Tensor) -> Tensor:
 
 
 def shrink(z: Tensor, pz_scale: float) -> Tensor:
-    """Codes (N, nz) as z' = z sqrt(2 / (1 + |z|^2 / (nz pz_scale^2))).
+    """Codes (N, nz) as s(z) = z sqrt(2 / (1 + |z|^2 / (nz pz_scale^2))).
 
-    They are never longer than sqrt(2 nz) pz_scale; prior samples stay about as long as they are.
+    No code is longer than sqrt(2 nz) pz_scale then; samples of the prior keep about their length.
     """
     length2 = z.square().sum(1, keepdim=True) / (z.shape[1] * pz_scale**2)
     return z * (2 / (1 + length2)).sqrt()
@@ -301,18 +301,19 @@ class Kernel:
         E exp(-s |q - p|^2) = (1 + 2 s v)^(-nz/2) exp(-s |q|^2 / (1 + 2 s v))
         E exp(-s |p - p'|^2) = (1 + 4 s v)^(-nz/2)
 
-    For the quadratic kernel, E[p' p'^T] = m I by symmetry, so E (q'.p')^2 = m |q'|^2 and
-    E (p'.p'')^2 = nz m^2, where m = 2 v (1 - E[1 / (1 + |p|^2 / (nz v))]).
+    The quadratic kernel is of shrunk points s(z), see `shrink`. E[s(p) s(p)^T] = m I by symmetry,
+    so E (s(q).s(p))^2 = m |s(q)|^2 and E (s(p).s(p'))^2 = nz m^2, where
+    m = 2 v (1 - E[1 / (1 + |p|^2 / (nz v))]).
 
     Args:
         nz: latent dimensions.
         pz_scale: standard deviation of the prior.
         name: `IMQ` or `RBF`.
         scales: of IMQ, which is summed over them.
-        quadratic: weight of a kernel (a'.b')^2 / (nz v^2) that is added, ' being `shrink`. Its
-            MMD^2 compares the second moments E[z' z'^T], and so it sees each direction of the
-            codes; in many dimensions the others see little but the mean of the distances. Without
-            shrinking, a few long codes can make training diverge.
+        quadratic: weight of a kernel (s(a).s(b))^2 / (nz v^2) that is added. Its MMD^2 compares
+            the second moments E[s(z) s(z)^T], and so it sees each direction of the codes; in many
+            dimensions the others see little but the mean of the distances. Without shrinking, a
+            few long codes can make training diverge.
         device: of the points.
     """
 
@@ -392,13 +393,8 @@ def exact_mmd(codes: Tensor, kernel: Kernel) -> Tensor:
     For codes q (N, nz), samples p of the prior and a kernel k it is
 
         sum_{i != j} k(q_i, q_j) / (N (N - 1))  -  2 sum_i E k(q_i, p) / N  +  E k(p, p')
-
-    Raises:
-        ValueError: fewer than two codes.
     """
     n = len(codes)
-    if n < 2:
-        raise ValueError("an MMD needs two codes or more")
 
     def statistic(points: Tensor, first: int, rows: int) -> Tensor:
         same = kernel.matrix(points[first : first + rows], points)
@@ -418,14 +414,8 @@ def sampled_mmd(codes: Tensor, kernel: Kernel, prior: Tensor) -> Tensor:
 
     A U-statistic: its mean is zero, and so it is often negative, when the distributions agree. The
     prior samples get no gradient.
-
-    Raises:
-        ValueError: fewer than two codes, or not as many prior samples as codes.
     """
     n = len(codes)
-    if n < 2 or prior.shape != codes.shape:
-        shapes = f"codes {tuple(codes.shape)}, prior {tuple(prior.shape)}"
-        raise ValueError(f"{shapes}: must agree, with two rows or more")
 
     def statistic(points: Tensor, first: int, rows: int) -> Tensor:
         q, p = points[first : first + rows], prior[first : first + rows]

@@ -152,9 +152,8 @@ def digest(*parts: Any) -> str:
 def find_images(root: Path) -> dict[str, tuple[int, int]]:
     """Size and time of change of each image file in a folder and those inside it, by its path.
 
-    Left out are hidden files and folders, and those that start with @ or $, as the thumbnails of a
-    NAS and the bin of Windows do: they belong to other programs. A folder that a link leads to
-    again is read once.
+    Left out are hidden files, and folders that start with `.`, `@` or `$`, as thumbnails of a NAS
+    and the bin of Windows do. A folder that a link leads to again is read once.
     """
     if not root.is_dir():
         raise UserError(f"{root}: no such folder")
@@ -197,10 +196,8 @@ def read_image(path: Path | str, size: int, crop: int | None, channels: int) -> 
     The image is upright, in 8 bits of RGB (3 channels) or grey (1), on white if it is transparent;
     of several pages or frames it is the first.
 
-    Raises:
-        UserError: the crop is larger than the image.
-        ValueError: pixels of 32 bits or floating point, whose range only their author knows.
-        Exception: whatever Pillow makes of a file that is not a whole image.
+    Raises UserError if the crop is larger than the image, ValueError for signed, 32-bit or float
+    pixels, and whatever Pillow makes of a file that is not a whole image.
     """
     with Image.open(path) as image:
         kind = image.format
@@ -245,7 +242,7 @@ def read_or_reason(path: Path, **how: Any) -> np.ndarray | str:
     except (PermissionError, FileNotFoundError) as error:
         return error.strerror
     except Exception as error:  # Pillow fails on broken files in many ways
-        # A broken file may send Pillow to a place that is none.
+        # A broken TIFF makes Pillow seek to where no file can be: EINVAL.
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
             raise UserError(f"{path}: {error.strerror}") from error
         return first_line(error)
@@ -254,29 +251,27 @@ def read_or_reason(path: Path, **how: Any) -> np.ndarray | str:
 def build_array(target: Path, paths: list[Path], **how: Any) -> None:
     """Decodes the images into `target`, a file of their pixels alone.
 
-    A .json beside it has the images that are skipped, by number, with the reason; and for each row
-    of the array whose pixels are also in an earlier row, the first such row.
+    A .json beside it has the number of each image that is skipped, with the reason, and for each
+    row of the array the first row of equal pixels.
     """
-    skipped: dict[int, str] = {}
-    rows: dict[bytes, int] = {}  # the first row with these pixels
-    copies: dict[int, int] = {}
+    skipped: list[tuple[int, str]] = []
+    firsts: list[int] = []
+    seen: dict[bytes, int] = {}
     bar = progress("decoding once", len(paths), unit="img")
     # Pillow decodes outside of Python's lock, so threads use all cores.
     with bar, atomic_write(target) as file, ThreadPoolExecutor() as pool:
-        for first in range(0, len(paths), 1024):
-            part = paths[first : first + 1024]
-            for i, pixels in enumerate(pool.map(partial(read_or_reason, **how), part), first):
+        for start in range(0, len(paths), 1024):
+            part = paths[start : start + 1024]
+            for i, pixels in enumerate(pool.map(partial(read_or_reason, **how), part), start):
                 bar.update()
                 if isinstance(pixels, str):
-                    skipped[i] = pixels
+                    skipped.append((i, pixels))
                     continue
                 file.write(pixels)
-                row = i - len(skipped)
                 key = hashlib.md5(pixels, usedforsecurity=False).digest()
-                if rows.setdefault(key, row) != row:
-                    copies[row] = rows[key]
-        # The notes are there before the array: who finds the array finds them.
-        write_json(target.with_suffix(".json"), {"skipped": skipped, "copies": copies})
+                firsts.append(seen.setdefault(key, len(firsts)))
+        # The notes come first: a process that finds the array reads them at once.
+        write_json(target.with_suffix(".json"), {"skipped": skipped, "firsts": firsts})
 
 
 def describe(skipped: dict[str, str]) -> str:
@@ -321,12 +316,13 @@ def load_images(
     `root` or `cache_dir`. Its name has a digest of names, sizes and times of change of the files,
     so that it is built again when they change. Any number of processes may ask for it at once.
     """
-    files = {os.path.abspath(root / name): (0, name, *s) for name, s in find_images(root).items()}
-    if testroot:  # whose images are not for training, if it is inside of the other
-        for name, s in find_images(testroot).items():
-            files[os.path.abspath(testroot / name)] = (1, name, *s)
+    files = {}  # by absolute path: held out (0 or 1), path in its root, size, time of change
+    for held_out, folder in enumerate(filter(None, (root, testroot))):
+        for name, status in find_images(folder).items():
+            files[os.path.abspath(folder / name)] = (held_out, name, *status)
     paths, keys = [Path(path) for path in files], list(files.values())
     folder = (cache_dir or root) / ".wae"
+    # A `cache_dir` serves several roots; beside its images, the array may be moved with them.
     home = digest(root.resolve() if cache_dir else "here", testroot and testroot.resolve())
     prefix = f"{size}_{channels}_{crop}_{home}"
     target = folder / f"{prefix}_{digest(*keys)}.u8"
@@ -341,39 +337,44 @@ def load_images(
     except WriteError as error:
         raise UserError(f"{error}; --cache_dir names a place for decoded images") from error
     notes = json.loads(target.with_suffix(".json").read_text())
-    skipped = {keys[int(i)][1]: reason for i, reason in notes["skipped"].items()}
-    kept = [key for i, key in enumerate(keys) if str(i) not in notes["skipped"]]
+    skipped = dict(notes["skipped"])
+    reasons = {keys[i][1]: reason for i, reason in skipped.items()}
+    kept = [key for i, key in enumerate(keys) if i not in skipped]
     if not kept:
-        raise UserError(f"none of the {len(keys)} images can be read: {describe(skipped)}")
+        raise UserError(f"none of the {len(keys)} images can be read: {describe(reasons)}")
     if skipped:
-        warn(f"skipped {len(skipped)} of {len(keys)} images: {describe(skipped)}")
-    firsts = np.arange(len(kept))
-    for row, first in notes["copies"].items():
-        firsts[int(row)] = first
+        warn(f"skipped {len(skipped)} of {len(keys)} images: {describe(reasons)}")
     return Data(
         images=np.memmap(target, np.uint8, "r", shape=(len(kept), size, size, channels)),
         names=[name for _, name, *_ in kept],
-        firsts=firsts,
-        train=np.flatnonzero([number == 0 for number, *_ in kept]),
-        test=np.flatnonzero([number == 1 for number, *_ in kept]),
-        digest=digest(*(key[:3] for key in keys)),
+        firsts=np.array(notes["firsts"]),
+        train=np.flatnonzero([held_out == 0 for held_out, *_ in kept]),
+        test=np.flatnonzero([held_out == 1 for held_out, *_ in kept]),
+        digest=digest(*(key[:3] for key in kept)),
     )
 
 
-def hold_out(names: Sequence[str], n_test: int) -> np.ndarray:
-    """Rows to hold out: of each folder the last ones by path, in proportion, `n_test` in all."""
+def hold_out(data: Data, n_test: int | None) -> Data:
+    """The data with the last images of each folder held out, by path, in proportion.
+
+    They are `n_test` in all or, by default, a tenth, but no more than CelebA's test partition.
+    """
+    n = len(data.names)
+    n_test = min(n, n_test or max(2, min(n // 10, CELEBA_TEST_IMAGES)))
     folders = defaultdict(list)
-    for row, name in enumerate(names):
+    for row, name in enumerate(data.names):
         folders[os.path.dirname(name)].append(row)
     held_out: list[int] = []
     before = 0
     for rows in folders.values():
         after = before + len(rows)
         # Rounded so that the counts add up to n_test.
-        count = after * n_test // len(names) - before * n_test // len(names)
+        count = after * n_test // n - before * n_test // n
         held_out += rows[len(rows) - count :]
         before = after
-    return np.sort(np.array(held_out, int))
+    return data._replace(
+        train=np.setdiff1d(np.arange(n), held_out), test=np.sort(np.array(held_out, int))
+    )
 
 
 def count_images(data: Data) -> str:
@@ -394,10 +395,9 @@ def count_images(data: Data) -> str:
 def warn_of_folders(root: Path, names: Sequence[str]) -> None:
     """Says what to type where folders are halves of a split, or masks beside images."""
     beside = defaultdict(set)  # the folders in each folder
-    for folder in filter(None, set(map(os.path.dirname, names))):
-        path = root / folder
-        for parent in [path, *path.parents][: len(path.parts) - len(root.parts)]:
-            beside[parent.parent].add(parent.name)
+    for path in {Path(name).parent for name in names}:
+        for folder in (path, *path.parents[:-1]):
+            beside[root / folder.parent].add(folder.name)
     for folder, inside in beside.items():
         splits = sorted(name for name in inside if name.lower() in SPLITS)
         splits.sort(key=lambda name: "train" not in name.lower())
@@ -587,10 +587,8 @@ class Recorded:
 
     Args:
         step: takes tensors of always the same shapes and returns one. It must not wait for the GPU,
-            and whatever else changes between steps must stay at one place in memory.
-
-    Raises:
-        UserError: the step cannot be recorded.
+            and what changes between steps, such as a rate, must be a tensor that is changed in
+            place.
     """
 
     WARM_UP = 3
@@ -612,7 +610,7 @@ class Recorded:
         return self.output.clone()
 
     def record(self, *inputs: Tensor) -> None:
-        """Records the step, which does not run it."""
+        """Records the step, which does not run it. Raises UserError if that cannot be."""
         self.inputs = [tensor.clone() for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
         # On the stream of the other steps, so that memory of theirs that is free can be used.
@@ -637,13 +635,15 @@ class Stop:
 
     It is a context, in the main thread of a program, and puts back the handlers that were there.
     Only a second Ctrl-C, which a person types, ends at once: a closed terminal sends SIGHUP twice,
-    and log-outs send two kinds. Slurm and submitit send SIGUSR1 and SIGUSR2.
+    and log-outs send two kinds. Slurm and submitit send SIGUSR1 and SIGUSR2. Under torchrun one
+    Ctrl-C arrives twice, from the terminal and from torchrun, so that no second one ends the run.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
     def __enter__(self) -> "Stop":
         self.signum = 0
+        self.interrupts = 0
         self.before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             self.before = {number: signal.getsignal(number) for number in self.SIGNALS}
@@ -657,13 +657,16 @@ class Stop:
             signal.signal(number, handler)
 
     def note(self, signum: int, _frame: object) -> None:
-        """The handler. Under torchrun, a terminal's Ctrl-C comes twice: from it and passed on."""
-        if signum == self.signum == signal.SIGINT and not dist.is_torchelastic_launched():
+        """The handler."""
+        alone = not dist.is_torchelastic_launched()
+        self.interrupts += signum == signal.SIGINT
+        if self.interrupts > 1 and alone:
             raise KeyboardInterrupt
         self.signum = self.signum or signum
+        hint = "; Ctrl-C again stops at once" if alone else ""
         if is_main():
             with suppress(OSError):  # nobody may be there to read it
-                os.write(2, b"\nmain.py: stopping after this step; Ctrl-C again stops at once\n")
+                os.write(2, f"\nmain.py: stopping after this step{hint}\n".encode())
 
     def agreed(self, world: World) -> int:
         """The signal that any process got, or 0. All processes call this at the same step."""
@@ -716,7 +719,7 @@ def first_line(error: BaseException) -> str:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Replaces `path` by the state. Raises UserError if it cannot be written."""
-    content = io.BytesIO()  # a full disk makes torch.save raise what says nothing of a disk
+    content = io.BytesIO()  # on a full disk, torch.save itself raises what does not name the disk
     torch.save(state, content)
     with atomic_write(path) as file:
         file.write(content.getbuffer())
