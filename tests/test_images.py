@@ -158,7 +158,9 @@ def test_hold_out(counts, n_test, held_out):
         for folder, n in held_out.items()
         for i in range(counts[folder] - n, counts[folder])
     ]
-    assert [names[row] for row in utils.hold_out(names, n_test)] == expected
+    data = utils.hold_out(utils.Data(None, names, None, None, None, ""), n_test)
+    assert [names[row] for row in data.test] == expected
+    assert sorted([*data.train, *data.test]) == list(range(len(names)))
 
 
 def run_data(root: Path, *flags: str) -> utils.Data:

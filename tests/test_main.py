@@ -203,7 +203,9 @@ def test_get_flags_not_kept(trained, monkeypatch, tmp_path):
     assert (str(flags.testroot), flags.crop, flags.n_test) == ("/t", 99, 6)
     with pytest.raises(utils.UsageError, match="--tensorboard: it is not installed"):
         get_flags(moved)
-    with pytest.raises(utils.UsageError, match="--outf=.*gan holds another run"):
+    with pytest.raises(
+        utils.UsageError, match="--outf=.*gan holds a run; leave out --checkpoint if it is"
+    ):
         get_flags(moved, "--no-tensorboard", f"--outf={trained['gan']}")
 
 
@@ -378,7 +380,7 @@ def test_train_init(trained, toy_faces, monkeypatch, tmp_path):
     for name, weight in source["net"].items():
         if "running" not in name and "batches" not in name:
             np.testing.assert_allclose(state["net"][name], weight, atol=1e-9)
-    words = r"^the checkpoint's net has other shapes: --image_size=32 .*--nz=4 --nf=2 [^\n]*$"
+    words = r"^the checkpoint's net does not fit; it is of a run with --image_size=32 .*--nz=4 --nf=2 [^\n]*$"
     with pytest.raises(utils.UserError, match=words):
         train(toy_faces, tmp_path / "other", init, "--nz=5")
 

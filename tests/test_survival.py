@@ -344,7 +344,7 @@ BROKEN = {
     "hostile": "not a whole checkpoint",
     "other program's": "not a checkpoint of this program",
     "other flags": "with different flags: --nz=4 .checkpoint: 8",
-    "other shapes": "the checkpoint's net has other shapes",
+    "other shapes": "the checkpoint's net does not fit",
 }
 
 
