@@ -582,6 +582,8 @@ def train(run: Run, data: Data) -> int:
 
             # End of an epoch. Save last: on resume, all that was written before is trusted.
             seconds = (time.perf_counter() - begun) / max(1, run.step - first)  # a step
+            if log and run.epoch == 0:  # beside a recorded step, the memory may not do for the rest
+                save(run, log, data)
             refresh_batch_norm(run, data, None if run.step == last else BATCH_NORM_BATCHES)
             run.epoch += 1
             if log:
@@ -961,7 +963,8 @@ def one_line(error: Exception) -> str:
     # The last is what cuDNN's search says when no algorithm finds the memory that it needs.
     signs = ("out of memory", "allocate memory", "ALLOC_FAILED", "unable to find an engine")
     if isinstance(error, MemoryError) or any(sign in text for sign in signs):
-        return "out of memory; try --no-graph, or a smaller --batch_size, --nf or --image_size"
+        hint = "try --no-graph, --no-e_pretrain, or a smaller --batch_size, --nf or --image_size"
+        return f"out of memory; {hint}"
     if "CUDA error" in text:
         return utils.first_line(error)
     if isinstance(error, DistError) or "gloo/transport" in text:

@@ -390,7 +390,7 @@ Newer = getattr(torch, "AcceleratorError", RuntimeError)  # what newer versions 
 MESSAGES = [
     (RuntimeError(f"{NO_KERNEL}\nCompile with `TORCH_USE_CUDA_DSA`"), NO_KERNEL),
     (Newer(f"{NO_KERNEL}\nSearch for it"), NO_KERNEL),
-    (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory; try --no-graph, or a"),
+    (torch.OutOfMemoryError("CUDA out of memory. Tried"), "out of memory; try --no-graph, --no-e"),
     (OSError(28, "No space left on device", "x/log.csv"), "x/log.csv: No space left on device"),
     (torch._dynamo.exc.Unsupported("no\ncompiler"), "--compile does not work here, leave it out"),
     (utils.UserError("a\nb: no such file"), r"a\nb: no such file"),
