@@ -58,7 +58,6 @@ RECIPES = {
 PAPER_EPOCHS = 55  # the length of the run that the paper's schedule of learning rates is made for
 ADAM_BETAS = (0.5, 0.999)
 PRETRAIN_STEPS, PRETRAIN_BATCH = 200, 256  # at most so many steps, of so many images
-BATCH_NORM_BATCHES = 100  # an epoch ends with a new estimate of batch norm from so many
 GPU_BATCH = 1024  # images of 64 pixels that a GPU encodes or decodes at a time in an evaluation
 
 SHAPES = ("image_size", "channels", "nz", "nf", "arch", "noise")
@@ -582,9 +581,9 @@ def train(run: Run, data: Data) -> int:
 
             # End of an epoch. Save last: on resume, all that was written before is trusted.
             seconds = (time.perf_counter() - begun) / max(1, run.step - first)  # a step
-            if log and run.epoch == 0:  # beside a recorded step, the memory may not do for the rest
+            if log and run.epoch == 0:  # beside a recorded step, memory may be short for the rest
                 save(run, log, data)
-            refresh_batch_norm(run, data, None if run.step == last else BATCH_NORM_BATCHES)
+            run.net.eval()
             run.epoch += 1
             if log:
                 end_epoch(run, log, data, flags.batch_size / seconds, seconds * (last - run.step))
@@ -679,29 +678,6 @@ def finish(run: Run, log: utils.Log, data: Data) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # Evaluation
-
-
-@torch.no_grad()
-def refresh_batch_norm(run: Run, data: Data, n_batches: int | None) -> None:
-    """Re-estimates the statistics of batch norm from `n_batches` training batches, or from all.
-
-    Those kept while training lag behind the weights. The network is left in evaluation mode.
-    """
-    order = data.train[utils.epoch_order(len(data.train), run.flags.seed, 0)]
-    rows = np.array_split(order, max(1, len(order) // run.flags.batch_size))[:n_batches]
-    if run.flags.cuda:  # batch norm is synchronised, so each process takes its share
-        rows = [row[run.world.rank :: run.world.size] for row in rows]
-    utils.set_seed(run.flags.seed, "batch norm", run.world.rank)
-    layers = [m for m in run.net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momentum = layers[0].momentum
-    run.net.train()
-    for i, batch in enumerate(utils.batches(data.images, rows, run.world.device)):
-        for layer in layers:  # the mean over batches; torch's `update_bn` waits for the GPU
-            layer.momentum = 1 / (i + 1)
-        run.net(utils.from_uint8(batch))
-    for layer in layers:
-        layer.momentum = momentum
-    run.net.eval()
 
 
 def eval_batch(flags: Namespace) -> int:

@@ -69,7 +69,7 @@ class Bench:
     def loop(self, run: main.Run) -> float:
         """The images/s of an epoch of main.train after its first rows, in which it records."""
         run.step, run.epoch, run.log = 0, 0, ""
-        end = mock.patch.object(main, "refresh_batch_norm", side_effect=EndOfEpoch)
+        end = mock.patch.object(main, "end_epoch", side_effect=EndOfEpoch)
         with end, suppress(EndOfEpoch):
             main.train(run, self.data)
         log = csv.DictReader((run.flags.outf / "log.csv").read_text().splitlines())

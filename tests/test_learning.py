@@ -16,9 +16,9 @@ def more_faces(tmp_path_factory):
 
 @pytest.mark.parametrize("mode", ["gan", "mmd", "vae"])
 def test_training_learns(mode, more_faces, tmp_path):
-    """In 90 steps, to reconstruct held-out faces, and to bring the codes of a WAE to the prior."""
+    """In 150 steps, to reconstruct held-out faces, and to bring the codes of a WAE to the prior."""
     argv = [f"--dataroot={more_faces}", f"--mode={mode}", f"--outf={tmp_path / 'run'}", "--seed=1"]
-    argv += ["--image_size=32", "--nf=8", "--nz=8", "--batch_size=16", "--n_test=24", "--niter=15"]
+    argv += ["--image_size=32", "--nf=8", "--nz=8", "--batch_size=16", "--n_test=24", "--niter=25"]
     argv += ["--lr=0.005", "--sample_every=99", "--no-e_pretrain"]
     assert main.execute(argv) == 0
     epochs = [row for row in rows(tmp_path / "run") if row["test_mse"]]
