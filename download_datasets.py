@@ -43,6 +43,8 @@ MNIST_IMAGES = 70_000
 TIMEOUT_S = 60
 MAX_TRIES = 20
 PAUSE_S = 5
+WRONG = (requests.exceptions.ProxyError, requests.exceptions.InvalidSchema)
+WRONG += (requests.exceptions.InvalidURL,)  # the address, or that of a proxy
 BROKEN = (requests.ConnectionError, requests.Timeout, requests.exceptions.ChunkedEncodingError)
 
 SKIN = np.array([(250, 218, 195), (236, 190, 158), (214, 160, 120), (178, 118, 80), (120, 74, 50)])
@@ -69,7 +71,7 @@ def receive(url: str, n_bytes: int, path: Path) -> None:
     except requests.exceptions.SSLError as error:
         hint = "if your network has certificates of its own, set REQUESTS_CA_BUNDLE to their file"
         raise OSError(f"{url}: {reason(error)}; {hint}") from error
-    except (requests.exceptions.ProxyError, requests.exceptions.InvalidSchema) as error:
+    except WRONG as error:
         hint = "check the address, and the proxy in HTTPS_PROXY or ALL_PROXY"
         raise OSError(f"{url}: {reason(error)}; {hint}") from error
     answer = f"{response.status_code} {response.reason}, {response.headers.get('Content-Type')}"

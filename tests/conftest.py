@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-# A job that a script runs in the background ignores Ctrl-C, and so would all that it starts.
+# A job in the background ignores Ctrl-C, and under nohup SIGHUP, and so would all that it starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 torch.set_num_threads(1)
 
