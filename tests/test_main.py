@@ -493,8 +493,11 @@ def test_evaluate_into_its_folder(trained, tmp_path):
 
 def test_generate(trained, tmp_path):
     """The samples of an evaluation, from a lone checkpoint."""
-    expected = evaluate(trained["mmd"], tmp_path / "e")
     path, state = tmp_path / "my.pth", load(trained["mmd"])
+    state["net"]["decoder.layers.0.weight"] *= 1000  # after three steps, all images are alike
+    (tmp_path / "run").mkdir()
+    torch.save(state, tmp_path / "run" / CHECKPOINT)
+    expected = evaluate(tmp_path / "run", tmp_path / "e")
     state["flags"]["dataroot"] = "/nowhere"
     torch.save(state, path)
     for density in ("prior", "mixture"):
