@@ -478,6 +478,7 @@ def pretrain_encoder(run: Run, data: Data) -> None:
     rows = (rng.integers(len(data.train), size=PRETRAIN_BATCH) for _ in range(PRETRAIN_STEPS))
     batches = utils.batches(data.images, (data.train[i] for i in rows), run.world.device)
     target = model.pretrain_floor(PRETRAIN_BATCH, flags.nz, flags.pz_scale)
+    utils.say(f"pretraining the encoder: up to {PRETRAIN_STEPS} steps of {PRETRAIN_BATCH} images")
     run.net.train()
     with utils.progress("pretraining", PRETRAIN_STEPS) as bar:
         for step, batch in enumerate(batches):

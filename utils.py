@@ -546,7 +546,7 @@ def pick_device(cuda: bool, gpu_id: int) -> torch.device:
         return torch.device("cpu")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if count == 0:
-        raise UsageError("--cuda: PyTorch finds no CUDA GPU; leave it out to train on the CPU")
+        raise UsageError("--cuda: PyTorch finds no CUDA GPU; leave it out to use the CPU")
     if gpu_id >= count:
         raise UsageError(f"--gpu_id={gpu_id}: the {count} GPUs here are 0 to {count - 1}")
     device = torch.device("cuda", gpu_id)
