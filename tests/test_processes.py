@@ -125,12 +125,12 @@ def test_train_in_two_processes(tiny_flags, tmp_path):
 
 
 def test_launch(tiny_flags, tmp_path):
-    """A launcher that is told to end lets its processes save. One process continues the run."""
+    """A launcher that Slurm warns lets its processes save. One process continues the run."""
     outf = tmp_path / "out"
     flags = [*tiny_flags, "--mode=mmd", f"--outf={outf}"]
     both = Program(tmp_path, *flags, *ENDLESS, "--ngpu=2")
     both.wait_until(lambda: log_lines(outf) > 5)
-    both.kill(signal.SIGTERM)
+    both.kill(signal.SIGUSR1)
     assert both.wait() > 0
     step = load(outf)["step"]
     assert both.err.count(f"stopped after step {step} of") == 1
