@@ -13,6 +13,7 @@ import contextlib
 import gzip
 import hashlib
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -51,11 +52,11 @@ SKIN = np.array([(250, 218, 195), (236, 190, 158), (214, 160, 120), (178, 118, 8
 HAIR = np.array([(30, 25, 26), (70, 45, 32), (104, 60, 34), (214, 176, 110), (180, 176, 174)])
 
 
-def reason(error: BaseException) -> str:
-    """Returns what the innermost error says: requests wraps it in others, which say less."""
+def cause(error: BaseException) -> BaseException:
+    """Returns the innermost error: requests wraps it in others, which say less."""
     while error.__context__:
         error = error.__context__
-    return str(error)
+    return error
 
 
 def receive(url: str, n_bytes: int, path: Path) -> None:
@@ -70,10 +71,10 @@ def receive(url: str, n_bytes: int, path: Path) -> None:
         response = requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_S)
     except requests.exceptions.SSLError as error:
         hint = "if your network has certificates of its own, set REQUESTS_CA_BUNDLE to their file"
-        raise OSError(f"{url}: {reason(error)}; {hint}") from error
+        raise OSError(f"{url}: {cause(error)}; {hint}") from error
     except WRONG as error:
         hint = "check the address, and the proxy in HTTPS_PROXY or ALL_PROXY"
-        raise OSError(f"{url}: {reason(error)}; {hint}") from error
+        raise OSError(f"{url}: {cause(error)}; {hint}") from error
     answer = f"{response.status_code} {response.reason}, {response.headers.get('Content-Type')}"
     # Google Drive says by a page, with status 200, that a quota is used up.
     if response.status_code >= 400 or "text/html" in answer:
@@ -106,9 +107,9 @@ def download(url: str, n_bytes: int, md5: str, path: Path) -> None:
             receive(url, n_bytes, path)
         except BROKEN as error:
             tries += 1
-            if tries == MAX_TRIES:
-                raise OSError(f"{url}: {reason(error)}; try again later") from error
-            print(f"{reason(error)}; trying again in {PAUSE_S} s", flush=True)
+            if tries == MAX_TRIES or isinstance(cause(error), socket.gaierror):
+                raise OSError(f"{url}: {cause(error)}; try again later") from error
+            print(f"{cause(error)}; trying again in {PAUSE_S} s", flush=True)
             time.sleep(PAUSE_S)
     # The file is mapped, because it may not fit into memory.
     found = hashlib.md5(np.memmap(path, mode="r"), usedforsecurity=False).hexdigest()
