@@ -19,7 +19,7 @@ import warnings
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -160,7 +160,10 @@ def find_images(root: Path) -> dict[str, tuple[int, int]]:
     files: dict[str, tuple[int, int]] = {}
     seen: set[tuple[int, int]] = set()
     others: Counter[str] = Counter()
-    skip = lambda error: warn(f"skipped the folder {error.filename}: {error.strerror}")  # noqa: E731
+
+    def skip(error: OSError) -> None:
+        warn(f"skipped the folder {error.filename}: {error.strerror}")
+
     for folder, folders, names in os.walk(root, followlinks=True, onerror=skip):
         place = os.stat(folder)
         if (place.st_dev, place.st_ino) in seen:
@@ -327,13 +330,14 @@ def load_images(
     prefix = f"{size}_{channels}_{crop}_{home}"
     target = folder / f"{prefix}_{digest(*keys)}.u8"
     try:
-        # One lock for all versions of the array: who holds it may remove those that are outdated.
-        with lock(folder, wait=True) if not target.exists() else nullcontext():
-            if not target.exists():
-                build_array(target, paths, size=size, crop=crop, channels=channels)
-                for old in folder.glob(f"*{prefix}_*"):
-                    if old.stem != target.stem:
-                        old.unlink(missing_ok=True)
+        if not target.exists():
+            # One lock for all versions of the array: who holds it may remove those out of date.
+            with lock(folder, wait=True):
+                if not target.exists():  # nor has another process built it meanwhile
+                    build_array(target, paths, size=size, crop=crop, channels=channels)
+                    for old in folder.glob(f"*{prefix}_*"):
+                        if old.stem != target.stem:
+                            old.unlink(missing_ok=True)
     except WriteError as error:
         raise UserError(f"{error}; --cache_dir names a place for decoded images") from error
     notes = json.loads(target.with_suffix(".json").read_text())
