@@ -26,6 +26,7 @@ from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -541,8 +542,12 @@ def train(run: Run, data: Data) -> int:
         pretrain_encoder(run, data)
 
     rows = batch_rows(data.train, range(run.step, last), flags, world)
-    batches = utils.batches(data.images, rows, world.device)
-    step = Step(run)
+    shape = (flags.batch_size // world.size, *data.images.shape[1:])
+    # A recorded step reads its inputs always from the same tensors.
+    batch = torch.empty(shape, dtype=torch.uint8, device=world.device)
+    prior = torch.empty(flags.batch_size, flags.nz, device=world.device)
+    batches = utils.batches(data.images, rows, world.device, out=batch)
+    step = partial(Step(run), batch, prior)
     if flags.graph and flags.cuda and world.size == 1:
         step = utils.Recorded(step)
     saved = time.perf_counter()
@@ -563,13 +568,13 @@ def train(run: Run, data: Data) -> int:
         while run.epoch < flags.niter:
             run.net.train()
             begun, first = time.perf_counter(), run.step
-            for batch in itertools.islice(batches, (run.epoch + 1) * per_epoch - first):
+            for _ in itertools.islice(batches, (run.epoch + 1) * per_epoch - first):  # into `batch`
                 # One step. Every draw is a function of seed and step: no generator state to resume.
                 run.set_learning_rates(learning_rate_factor(run.step, per_epoch, flags))
                 utils.set_seed(flags.seed, "prior", run.step)  # alike in all processes
-                prior = run.net.sample_prior(flags.batch_size)
+                prior.normal_(std=flags.pz_scale)
                 utils.set_seed(flags.seed, "noise", run.step, world.rank)  # unlike in each
-                losses = step(batch, prior)
+                losses = step()
                 run.step += 1
                 bar.update()
 

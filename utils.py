@@ -432,21 +432,31 @@ def epoch_order(n_images: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batches(
-    images: Images, indices: Iterable[np.ndarray], device: torch.device, ahead: int = 3
+    images: Images,
+    indices: Iterable[np.ndarray],
+    device: torch.device,
+    out: Tensor | None = None,
+    ahead: int = 3,
 ) -> Iterator[Tensor]:
     """Batches images[i] for each array of indices i: uint8 (n, S, S, C) on the device.
 
-    From memory-mapped images a thread gathers `ahead` batches in advance, into pinned memory when
-    they go to a GPU.
+    With `out`, each batch replaces the one before it in that tensor. From memory-mapped images a
+    thread gathers `ahead` batches in advance, into pinned memory when they go to a GPU.
     """
     if isinstance(images, Tensor):
         for index in indices:
-            yield images[torch.from_numpy(index).to(device, non_blocking=True)]
+            rows = torch.from_numpy(index).to(device, non_blocking=True)
+            yield torch.index_select(images, 0, rows, out=out)
         return
 
     def read(index: np.ndarray) -> Tensor:
         batch = torch.from_numpy(images[index])
         return batch.pin_memory() if device.type == "cuda" else batch
+
+    def place(batch: Tensor) -> Tensor:
+        if out is None:
+            return batch.to(device, non_blocking=True)
+        return out.copy_(batch, non_blocking=True)
 
     # A thread starts with GPU 0, and would take memory there.
     prepare = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
@@ -456,9 +466,9 @@ def batches(
             for index in indices:
                 queue.append(thread.submit(read, index))
                 if len(queue) > ahead:
-                    yield queue.popleft().result().to(device, non_blocking=True)
+                    yield place(queue.popleft().result())
             while queue:
-                yield queue.popleft().result().to(device, non_blocking=True)
+                yield place(queue.popleft().result())
         finally:
             thread.shutdown(cancel_futures=True)
 
@@ -583,46 +593,43 @@ def average(values: Tensor, world: World) -> Tensor:
 
 
 class Recorded:
-    """`step(*inputs)`, recorded as a CUDA graph at the fourth call and replayed from then on.
+    """`step()`, recorded as a CUDA graph at the fourth call and replayed from then on.
 
     Python launches the kernels of a step one by one, and a large GPU is done sooner than Python:
     it waits most of the time. A graph launches them all at once. In the first calls, which are
     ordinary ones, cuDNN and the compiler make their choices.
 
     Args:
-        step: takes tensors of always the same shapes and returns one. It must not wait for the GPU,
-            and what changes between steps, such as a rate, must be a tensor that is changed in
-            place.
+        step: returns a tensor, which is the same one, changed in place, after the recording. It
+            must not wait for the GPU. What changes between steps, such as the batch or a rate, must
+            be a tensor that is changed in place.
     """
 
     WARM_UP = 3
 
-    def __init__(self, step: Callable[..., Tensor]):
+    def __init__(self, step: Callable[[], Tensor]):
         self.step = step
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self) -> Tensor:
         self.calls += 1
         if self.calls <= self.WARM_UP:
-            return self.step(*inputs)
+            return self.step()
         if self.graph is None:
-            self.record(*inputs)
-        for recorded, new in zip(self.inputs, inputs, strict=True):
-            recorded.copy_(new)
+            self.record()
         self.graph.replay()
-        return self.output.clone()
+        return self.output
 
-    def record(self, *inputs: Tensor) -> None:
+    def record(self) -> None:
         """Records the step, which does not run it. Raises UserError if that cannot be."""
-        self.inputs = [tensor.clone() for tensor in inputs]
         graph = torch.cuda.CUDAGraph()
         # On the stream of the other steps, so that memory of theirs that is free can be used.
         # Thread-local: meanwhile, the thread of `batches` may ask for pinned memory.
         how = {"stream": torch.cuda.current_stream(), "capture_error_mode": "thread_local"}
         try:
             with torch.cuda.graph(graph, **how):
-                self.output = self.step(*self.inputs)
+                self.output = self.step()
         except Exception as error:
             # The error is that of ending the recording, and its context says why it failed.
             reason = first_line(error.__context__ or error)

@@ -81,8 +81,8 @@ class Bench:
         """The step of main.train on a batch that stays in memory."""
         rows = np.arange(run.flags.batch_size)
         batch = next(utils.batches(self.data.images, [rows], self.world.device))
-        step = utils.Recorded(main.Step(run)) if record else main.Step(run)
-        return partial(step, batch, run.net.sample_prior(len(rows)))
+        step = partial(main.Step(run), batch, run.net.sample_prior(len(rows)))
+        return utils.Recorded(step) if record else step
 
     def compare(self, unit: str, functions: dict[str, Callable[[], float]]) -> None:
         """Prints a row for each function."""

@@ -458,6 +458,9 @@ def test_batches(kind, device, array):
             assert np.array_equal(batch.cpu(), array[index])
     got[1].zero_()  # a batch is the consumer's own
     assert np.array_equal(got[2].cpu(), array[order[2]])
+    out = torch.empty((5, *array.shape[1:]), dtype=torch.uint8, device=device)
+    for batch, index in zip(utils.batches(images, order, device, out), order, strict=True):
+        assert batch is out and np.array_equal(out.cpu(), array[index])
 
 
 def test_batches_thread(array):
