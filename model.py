@@ -276,20 +276,6 @@ def reconstruction_cost(x: Tensor, y: Tensor, cost: str) -> Tensor:
 # WAE-MMD (Algorithm 2)
 
 
-def squared_distances(a: Tensor, b: Tensor) -> Tensor:
-    """|a_i - b_j|^2 for points (N, nz) and (M, nz), as (N, M)."""
-    return (a.square().sum(1, keepdim=True) + b.square().sum(1) - 2 * a @ b.T).clamp(min=0)
-
-
-def shrink(z: Tensor, pz_scale: float) -> Tensor:
-    """Codes (N, nz) as s(z) = z sqrt(2 / (1 + |z|^2 / (nz pz_scale^2))).
-
-    No code is longer than sqrt(2 nz) pz_scale then; samples of the prior keep about their length.
-    """
-    length2 = z.square().sum(1, keepdim=True) / (z.shape[1] * pz_scale**2)
-    return z * (2 / (1 + length2)).sqrt()
-
-
 class Kernel:
     """The kernel of an MMD, and its expectations over the prior P_Z = N(0, v I), v = pz_scale^2.
 
@@ -301,19 +287,20 @@ class Kernel:
         E exp(-s |q - p|^2) = (1 + 2 s v)^(-nz/2) exp(-s |q|^2 / (1 + 2 s v))
         E exp(-s |p - p'|^2) = (1 + 4 s v)^(-nz/2)
 
-    The quadratic kernel is of shrunk points s(z), see `shrink`. E[s(p) s(p)^T] = m I by symmetry,
-    so E (s(q).s(p))^2 = m |s(q)|^2 and E (s(p).s(p'))^2 = nz m^2, where
-    m = 2 v (1 - E[1 / (1 + |p|^2 / (nz v))]).
+    The quadratic kernel (s(a).s(b))^2 / (nz v^2) is of shrunk points s(z) = z sqrt(f(z)), where
+    f(z) = 2 / (1 + |z|^2 / (nz v)). None is longer than sqrt(2 nz v), and samples of the prior keep
+    about their length. E[s(p) s(p)^T] = m I by symmetry, so E (s(q).s(p))^2 = m |s(q)|^2 and
+    E (s(p).s(p'))^2 = nz m^2, where m = 2 v (1 - E[1 / (1 + |p|^2 / (nz v))]).
 
     Args:
         nz: latent dimensions.
         pz_scale: standard deviation of the prior.
         name: `IMQ` or `RBF`.
         scales: of IMQ, which is summed over them.
-        quadratic: weight of a kernel (s(a).s(b))^2 / (nz v^2) that is added. Its MMD^2 compares
-            the second moments E[s(z) s(z)^T], and so it sees each direction of the codes; in many
-            dimensions the others see little but the mean of the distances. Without shrinking, a
-            few long codes can make training diverge.
+        quadratic: weight of the quadratic kernel, which is added. Its MMD^2 compares the second
+            moments E[s(z) s(z)^T], and so it sees each direction of the codes; in many dimensions
+            the others see little but the mean of the distances. Without shrinking, a few long codes
+            can make training diverge.
         device: of the points.
     """
 
@@ -326,9 +313,10 @@ class Kernel:
         quadratic: float = 0.0,
         device: torch.device | str = "cpu",
     ):
-        self.name, self.pz_scale, v = name, pz_scale, pz_scale**2
+        self.name, v = name, pz_scale**2
         self.bases = [2 * nz * v * scale for scale in (scales if name == "IMQ" else (1.0,))]
         self.base_column = torch.tensor(self.bases, device=device)[:, None, None]
+        self.nz_v = nz * v  # E |p|^2
         self.quadratic = quadratic / (nz * v**2)
 
         # The trapezoidal rule in log t, exact here to some seven digits. Its weights are float64:
@@ -350,9 +338,15 @@ class Kernel:
         of_prior = (w * (1 + 4 * s * v) ** (-nz / 2)).sum().item()
         self.of_prior = of_prior + self.quadratic * nz * m**2  # E k(p, p')
 
+    def shrinkage(self, length2: Tensor) -> Tensor:
+        """f(z) for points of squared lengths |z|^2."""
+        return 2 / (1 + length2 / self.nz_v)
+
     def matrix(self, a: Tensor, b: Tensor) -> Tensor:
         """k(a_i, b_j) for points (N, nz) and (M, nz), as (N, M)."""
-        d2 = squared_distances(a, b)
+        products = a @ b.T
+        a2, b2 = a.square().sum(1, keepdim=True), b.square().sum(1)
+        d2 = (a2 + b2 - 2 * products).clamp(min=0)
         if self.name == "RBF":
             values = torch.exp(-d2 / (2 * self.bases[0]))
         elif d2.is_cuda:  # a GPU waits for launches, a CPU for memory
@@ -360,16 +354,17 @@ class Kernel:
         else:
             values = sum(base / (base + d2) for base in self.bases)
         if self.quadratic:
-            products = shrink(a, self.pz_scale) @ shrink(b, self.pz_scale).T
-            values = values + self.quadratic * products.square()
+            # In this order nothing overflows: no |products| is more than |a| |b|.
+            shrunk = (products * self.shrinkage(a2)) * (products * self.shrinkage(b2))
+            values = values + self.quadratic * shrunk
         return values
 
     def with_prior(self, q: Tensor) -> Tensor:
         """E k(q_i, p) over the prior for points (N, nz), as (N,)."""
-        values = torch.exp(-q.square().sum(1, keepdim=True) * self.rates) @ self.factors
+        q2 = q.square().sum(1)
+        values = torch.exp(-q2[:, None] * self.rates) @ self.factors
         if self.quadratic:
-            lengths2 = shrink(q, self.pz_scale).square().sum(1)
-            values = values + self.quadratic_with_prior * lengths2
+            values = values + self.quadratic_with_prior * self.shrinkage(q2) * q2
         return values
 
 
