@@ -59,7 +59,7 @@ RECIPES = {
 PAPER_EPOCHS = 55  # the length of the run that the paper's schedule of learning rates is made for
 ADAM_BETAS = (0.5, 0.999)
 PRETRAIN_STEPS, PRETRAIN_BATCH = 200, 256  # at most so many steps, of so many images
-GPU_BATCH = 1024  # images of 64 pixels that a GPU encodes or decodes at a time in an evaluation
+EVAL_BATCH = 256  # images of 64 pixels that an evaluation encodes or decodes at a time
 
 SHAPES = ("image_size", "channels", "nz", "nf", "arch", "noise")
 NETWORK_FLAGS = (*SHAPES, "input_normalize_sym", "pz_scale")
@@ -587,8 +587,6 @@ def train(run: Run, data: Data) -> int:
 
             # End of an epoch. Save last: on resume, all that was written before is trusted.
             seconds = (time.perf_counter() - begun) / max(1, run.step - first)  # a step
-            if log and run.epoch == 0:  # beside a recorded step, memory may be short for the rest
-                save(run, log, data)
             run.net.eval()
             run.epoch += 1
             if log:
@@ -687,9 +685,13 @@ def finish(run: Run, log: utils.Log, data: Data) -> None:
 
 
 def eval_batch(flags: Namespace) -> int:
-    """Images that are encoded or decoded at a time in an evaluation."""
-    gpu = GPU_BATCH * 64**2 // flags.image_size**2 if flags.cuda else 0
-    return max(flags.batch_size, gpu)
+    """Images that are encoded or decoded at a time: at any size in the same memory."""
+    return EVAL_BATCH * 64**2 // flags.image_size**2
+
+
+def in_parts(run: Run, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), of so many rows at a time."""
+    return torch.cat([function(part) for part in x.split(eval_batch(run.flags))])
 
 
 def images_in_order(run: Run, data: Data, rows: np.ndarray) -> Iterator[Tensor]:
@@ -757,14 +759,15 @@ def write_metrics(run: Run, folder: Path, metrics: dict[str, float], codes: Tens
 def sample_grids(run: Run, data: Data) -> dict[str, Image.Image]:
     """Pictures of samples, from always the same codes, and of held-out images and paths."""
     utils.set_seed(run.flags.seed, "pictures")
-    samples = run.net.sample(64)
+    samples = in_parts(run, run.net.decode, run.net.sample_prior(64))
     rows = data.test[np.linspace(0, len(data.test) - 1, 32).astype(int)]
     x = utils.from_uint8(next(utils.batches(data.images, [rows], run.world.device)))
-    codes = run.net.encode(x)
-    pairs = torch.stack([images.unflatten(0, (-1, 8)) for images in (x, run.net.decode(codes))], 1)
+    codes = in_parts(run, run.net.encode, x)
+    y = in_parts(run, run.net.decode, codes)
+    pairs = torch.stack([images.unflatten(0, (-1, 8)) for images in (x, y)], 1)
     starts, ends = codes[:8, None], codes[-8:, None]  # (8, 1, nz) each
     t = torch.linspace(0, 1, 10, device=codes.device)[:, None]
-    paths = run.net.decode((starts + t * (ends - starts)).flatten(0, 1))
+    paths = in_parts(run, run.net.decode, (starts + t * (ends - starts)).flatten(0, 1))
     return {
         "fake_samples": utils.grid(samples, columns=8),
         "reconstructions": utils.grid(pairs.flatten(0, 2), columns=8),
