@@ -18,7 +18,6 @@ import importlib.util
 import itertools
 import math
 import os
-import signal
 import sys
 import time
 import warnings
@@ -47,7 +46,7 @@ LOSSES = ("reconstruction", "penalty", "discriminator")
 METRICS = ("test_mse", "test_mmd", "test_w2", "eigenvalue_min", "eigenvalue_max", "noise_variance")
 COLUMNS = ("epoch", "step", *LOSSES, "lr", "images_per_s", *METRICS)
 
-# DistributedDataParallel calls this flag otherwise from PyTorch 2.13 on.
+# PyTorch 2.13 deprecated this argument of DistributedDataParallel, and warns of it.
 warnings.filterwarnings("ignore", message=".*broadcast_buffers")
 
 # What each mode means where nothing else is typed, as in `run.sh`.
@@ -60,15 +59,16 @@ PAPER_EPOCHS = 55  # the length of the run that the paper's schedule of learning
 ADAM_BETAS = (0.5, 0.999)
 PRETRAIN_STEPS, PRETRAIN_BATCH = 200, 256  # at most so many steps, of so many images
 EVAL_BATCH = 256  # images of 64 pixels that an evaluation encodes or decodes at a time
+MIXTURE_CODES = 20_000  # codes of training images that the mixture is fitted to, at most
 
 SHAPES = ("image_size", "channels", "nz", "nf", "arch", "noise")
 NETWORK_FLAGS = (*SHAPES, "input_normalize_sym", "pz_scale")
-PATHS = ("dataroot", "testroot", "cache_dir")  # flags that are absolute in a checkpoint
+PATHS = ("dataroot", "testroot", "cache_dir")  # flags that a checkpoint keeps as absolute paths
 # Flags of a single command or of a machine: a checkpoint does not bring them.
 NOT_KEPT = {"checkpoint", "init", "outf", "evaluate", "generate", "density"}
 NOT_KEPT |= {"cuda", "gpu_id", "ngpu", "compile", "graph"}
 # Flags that a continued run may change. All others define the run.
-MAY_CHANGE = NOT_KEPT | {"dataroot", "testroot", "cache_dir", "niter", "amp", "n_samples"}
+MAY_CHANGE = NOT_KEPT | {*PATHS, "niter", "amp", "n_samples"}
 MAY_CHANGE |= {"print_every", "sample_every", "checkpoint_every", "tensorboard"}
 # Flags that an evaluation or --generate may change, too: which images, and which draws.
 MAY_CHANGE_IN_USE = MAY_CHANGE | {"dataset", "crop", "n_test", "batch_size", "seed"}
@@ -79,14 +79,14 @@ MAY_CHANGE_IN_USE = MAY_CHANGE | {"dataset", "crop", "n_test", "batch_size", "se
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Help that shows each default that is a value."""
+    """Help that shows the default of each flag, unless it is None."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return action.help if action.default is None else super()._get_help_string(action)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose complaint is one line."""
+    """A parser that raises a mistake as UsageError, without printing its usage."""
 
     def error(self, message: str) -> None:
         raise UsageError(message)
@@ -117,7 +117,7 @@ def positive_numbers(text: str) -> tuple[float, ...]:
 
 def get_parser() -> Parser:
     """Every flag, with its meaning, range and default."""
-    usage = "python3 main.py --dataroot=FOLDER [FLAG ...]"
+    usage = "python3 main.py [--dataroot=FOLDER] [FLAG ...]"
     parser = Parser(usage=usage, description=__doc__, formatter_class=Help, allow_abbrev=False)
     count, positive = number(int, 1), number(float, 1e-12)
     switch = {"action": BooleanOptionalAction, "default": False}
@@ -175,7 +175,8 @@ def get_parser() -> Parser:
         "to a half and a tenth after 30/55 and 50/55 of the run; paper: after epochs 30 and 50")
     add("--e_pretrain", action=BooleanOptionalAction, help="first train the encoder alone, to "
         "match the moments of its codes to the prior's (default: gan and mmd)")
-    add("--init", type=path, help="start a new run from the networks of this checkpoint")
+    add("--init", type=path, help="start a new run from the networks of this checkpoint, "
+        "without pretraining")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="random seed")
 
     add = parser.add_argument_group("output").add_argument
@@ -204,14 +205,17 @@ def get_parser() -> Parser:
     add("--ngpu", type=count, default=1, help="processes, with a GPU each if --cuda")
     add("--amp", **switch, help="run encoder and decoder in bfloat16; all else is float32")
     add("--compile", **switch, help="compile encoder, decoder and the MMD")
-    add("--graph", **switch | {"default": True},
+    add("--graph", action=BooleanOptionalAction, default=True,
         help="on one GPU, record the training step as a CUDA graph; --no-graph to debug it")
     # fmt: on
     return parser
 
 
 def parse(argv: list[str]) -> tuple[dict[str, Any], Namespace]:
-    """The flags that are typed, and all flags; a checkpoint may still bring others."""
+    """The flags that are typed, and all flags with their defaults.
+
+    A checkpoint may replace defaults in `get_flags`.
+    """
     parser = get_parser()
     defaults = vars(parser.parse_args([]))
     untyped = object()
@@ -222,7 +226,8 @@ def parse(argv: list[str]) -> tuple[dict[str, Any], Namespace]:
         return typed, flags  # `get_flags` checks them, with what the checkpoint brings
     if flags.checkpoint or flags.evaluate or flags.generate:
         raise UserError(f"{source(flags)}: no such file")
-    return typed, check(flags)  # before a folder is made or a process is started
+    # This comes before a folder is made or a process is started.
+    return typed, check(flags)
 
 
 def source(flags: Namespace) -> Path:
@@ -254,14 +259,17 @@ def get_flags(typed: dict[str, Any], flags: Namespace) -> tuple[Namespace, dict[
     free = MAY_CHANGE if trains else MAY_CHANGE_IN_USE
     if differ := {k: v for k, v in typed.items() if k not in free and v != stored.get(k)}:
         pairs = ", ".join(f"--{k}={v} (checkpoint: {stored.get(k)})" for k, v in differ.items())
-        hint = "; use another --outf" if trains else ""
+        hint = "; use another --outf" if trains and not flags.checkpoint else ""
         raise UsageError(f"{source(flags)} was trained with different flags: {pairs}{hint}")
     brought = {k: v for k, v in stored.items() if k in vars(flags).keys() - NOT_KEPT}
     brought |= {k: Path(stored[k]) for k in PATHS if stored.get(k)}
     if not trains:
         # The images of a typed folder are all scored, and a typed --dataset says how to crop them.
-        replaced = {"dataroot": "testroot", "dataset": "crop"}
-        brought |= dict.fromkeys(["n_test", *(replaced[k] for k in typed if k in replaced)])
+        brought["n_test"] = None
+        if "dataroot" in typed:
+            brought["testroot"] = None
+        if "dataset" in typed:
+            brought["crop"] = None
     flags = complete(vars(flags) | brought | typed)
     if flags.evaluate and "testroot" in typed:
         flags.dataroot, flags.testroot = flags.testroot, None
@@ -281,7 +289,8 @@ def check(flags: Namespace) -> Namespace:
         root = getattr(flags, name)
         if root is None or flags.generate:
             continue
-        # Pictures would become training images, and an evaluation replaces what is in OUTF/eval.
+        # Otherwise pictures would become training images, or an evaluation would overwrite the
+        # images that it reads.
         inside = flags.outf.resolve().is_relative_to(root.resolve())
         if inside or root.resolve().is_relative_to(flags.outf.resolve() / "eval"):
             pair = f"--outf={flags.outf} and --{name}={root}"
@@ -295,6 +304,8 @@ def check(flags: Namespace) -> Namespace:
     if flags.cuda and flags.ngpu > max(1, torch.cuda.device_count()):
         raise UsageError(f"--ngpu={flags.ngpu}: there are {torch.cuda.device_count()} GPUs here")
     size = int(os.environ["WORLD_SIZE"]) if is_torchelastic_launched() else flags.ngpu
+    if is_torchelastic_launched() and size > 1 and not trains:
+        raise UsageError("--evaluate and --generate run in one process: leave out torchrun")
     if trains and (flags.batch_size % size or flags.batch_size < 2 * size):
         raise UsageError(f"--batch_size={flags.batch_size} cannot be shared by {size} processes")
     return flags
@@ -316,9 +327,9 @@ class Run:
         self.flags, self.world = flags, world
         self.step = 0  # steps that are done
         self.epoch = 0  # epochs that are done, with their metrics
-        self.log = ""
-        # The mixture is fitted to training codes after the last epoch. `nats_of_prior` is the score
-        # of one that is fitted to as many prior samples.
+        self.log = utils.Log(COLUMNS)
+        # The mixture is fitted to training codes after the last epoch. `nats_of_prior` is what a
+        # mixture scores that is fitted to as many prior samples.
         self.mixture: dict[str, Tensor] | None = None
         self.nats_of_prior = math.nan
 
@@ -341,6 +352,8 @@ class Run:
         self.rates = {"net": flags.lr, "discriminator": flags.lr_adv}
         self.optimizers = {k: self.adam(part, self.rates[k]) for k, part in self.networks.items()}
         self.rate_factor = 1.0
+        # How many images are encoded or decoded at a time: fewer large ones, in the same memory.
+        self.eval_batch = EVAL_BATCH * 64**2 // flags.image_size**2
 
     def adam(self, network: nn.Module, lr: float) -> torch.optim.Adam:
         """The optimiser of the paper, for the weights of a network.
@@ -362,7 +375,7 @@ class Run:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
-        state = {"step": self.step, "epoch": self.epoch, "log": self.log}
+        state = {"step": self.step, "epoch": self.epoch, "log": self.log.text}
         state |= {"mixture": self.mixture, "nats_of_prior": self.nats_of_prior}
         state |= {name: network.state_dict() for name, network in self.networks.items()}
         moments = {k: adam.state_dict()["state"] for k, adam in self.optimizers.items()}
@@ -371,7 +384,7 @@ class Run:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Copies what a checkpoint keeps; it may have no optimisers, if it is not trained on."""
         self.step, self.epoch = state["step"], state.get("epoch", 0)
-        self.log = state.get("log", "")
+        self.log.text = state.get("log", self.log.text)
         if mixture := state.get("mixture"):
             self.mixture = {k: v.double().to(self.world.device) for k, v in mixture.items()}
             self.nats_of_prior = state["nats_of_prior"]
@@ -397,12 +410,6 @@ class Run:
 # One step
 
 
-def distribute(network: nn.Module, world: World) -> DistributedDataParallel:
-    """The network for one of several processes: its gradients are averaged."""
-    gpus = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(network, device_ids=gpus, broadcast_buffers=False)
-
-
 class Step:
     """One step of Algorithm 1 (gan) or 2 (mmd) of the paper, or of a VAE."""
 
@@ -415,10 +422,11 @@ class Step:
         # Several processes and the compiler wrap these; `run` keeps the networks themselves.
         self.net, self.discriminator = run.net, run.discriminator
         self.mmd = model.exact_mmd if flags.mmd == "exact" else model.sampled_mmd
-        if world.size > 1:
-            self.net = distribute(run.net, world)
+        if world.size > 1:  # gradients are averaged over the processes
+            self.net = DistributedDataParallel(run.net, broadcast_buffers=False)
             if run.discriminator:
-                self.discriminator = distribute(run.discriminator, world)
+                wrapped = DistributedDataParallel(run.discriminator, broadcast_buffers=False)
+                self.discriminator = wrapped
         if flags.compile:
             self.net, self.mmd = torch.compile(self.net), torch.compile(self.mmd)
 
@@ -447,6 +455,7 @@ class Step:
             (flags.LAMBDA * loss_d).backward()
             run.optimizers["discriminator"].step()
             # ... and Q and G by descending 1/n sum_i c(x_i, G(z~_i)) - LAMBDA log D(z~_i).
+            # The plain discriminator: it gets no gradient that processes would have to average.
             penalty = model.gan_penalty(run.discriminator, codes)
         elif flags.mode == "mmd":
             # Algorithm 2: update Q and G by descending
@@ -475,7 +484,7 @@ def pretrain_encoder(run: Run, data: Data) -> None:
     """
     flags = run.flags
     optimizer = run.adam(run.net.encoder, flags.lr)
-    rng = np.random.default_rng([flags.seed, 2**32])  # no epoch has this number
+    rng = np.random.default_rng([flags.seed, 2**32])  # epochs are [seed, epoch]
     rows = (rng.integers(len(data.train), size=PRETRAIN_BATCH) for _ in range(PRETRAIN_STEPS))
     batches = utils.batches(data.images, (data.train[i] for i in rows), run.world.device)
     target = model.pretrain_floor(PRETRAIN_BATCH, flags.nz, flags.pz_scale)
@@ -532,7 +541,8 @@ def train(run: Run, data: Data) -> int:
     last = flags.niter * per_epoch
     if run.step > last:
         raise UsageError(f"--niter={flags.niter}: the run is at step {run.step} already, of {last}")
-    log = start_log(run, data) if world.rank == 0 else None
+    if world.rank == 0:
+        start_log(run, data)
     weights = sum(weight.numel() for weight in run.net.parameters())
     size = f"{weights:,} weights; {world.size} x {world.device.type}; {per_epoch} steps an epoch"
     utils.say(f"{utils.count_images(data)}; {size}")
@@ -551,20 +561,21 @@ def train(run: Run, data: Data) -> int:
     if flags.graph and flags.cuda and world.size == 1:
         step = utils.Recorded(step)
     saved = time.perf_counter()
+    stop = utils.Stop()
 
     def save_or_stop(due: bool) -> int:
         """Saves if it is due, and if any process got a signal. Returns the signal, or 0."""
         nonlocal saved
         signum = stop.agreed(world)
         due = due and time.perf_counter() - saved >= flags.checkpoint_every
-        if log and (signum or due or run.epoch == flags.niter):
-            save(run, log, data)
+        if world.rank == 0 and (signum or due or run.epoch == flags.niter):
+            save(run, data)
             saved = time.perf_counter()
         if signum:
             utils.warn(f"stopped after step {run.step} of {last}; the same command continues")
         return signum
 
-    with utils.progress("", last, initial=run.step, unit="step") as bar, utils.Stop() as stop:
+    with utils.progress("", last, initial=run.step, unit="step") as bar, stop:
         while run.epoch < flags.niter:
             run.net.train()
             begun, first = time.perf_counter(), run.step
@@ -578,10 +589,11 @@ def train(run: Run, data: Data) -> int:
                 run.step += 1
                 bar.update()
 
-                # Log, save, and stop if asked to. Processes wait for each other at rows alone.
+                # Log, save, and stop if asked to. Several processes agree at rows only, since they
+                # wait for each other there.
                 row = run.step % flags.print_every == 0
                 if row:
-                    log_losses(run, log, bar, losses, first, begun)
+                    log_losses(run, bar, losses, first, begun)
                 if (row or world.size == 1) and (signum := save_or_stop(due=row)):
                     return signum
 
@@ -589,49 +601,47 @@ def train(run: Run, data: Data) -> int:
             seconds = (time.perf_counter() - begun) / max(1, run.step - first)  # a step
             run.net.eval()
             run.epoch += 1
-            if log:
-                end_epoch(run, log, data, flags.batch_size / seconds, seconds * (last - run.step))
+            if world.rank == 0:
+                end_epoch(run, data, flags.batch_size / seconds, seconds * (last - run.step))
             if signum := save_or_stop(due=True):
                 return signum
-    utils.leave_world()  # now, since the others would not wait for what follows
-    if log:
-        finish(run, log, data)
+    utils.leave_world()  # all together; what follows is for rank 0 alone
+    if world.rank == 0:
+        finish(run, data)
     return 0
 
 
-def start_log(run: Run, data: Data) -> utils.Log:
-    """The log, after writing the flags of the run and a picture of training images."""
+def start_log(run: Run, data: Data) -> None:
+    """Writes the flags of the run, a picture of training images, and the log so far."""
     flags = run.flags
     stored = {k: str(v) if isinstance(v, Path) else v for k, v in vars(flags).items()}
     utils.write_json(flags.outf / "args.json", stored)
     if run.step == 0:  # another run may have left them here
         for name in ("metrics.json", "codes.png"):
             (flags.outf / name).unlink(missing_ok=True)
-    run.mixture = None  # that of an earlier last epoch is not of these codes
+    run.mixture = None  # one that an earlier last epoch left does not fit the codes to come
     rows = data.train[utils.epoch_order(len(data.train), flags.seed, 0)[:64]]
     sample = utils.from_uint8(next(utils.batches(data.images, [rows], run.world.device)))
     utils.save_picture(flags.outf / "real_samples.png", utils.grid(sample, columns=8))
-    return utils.Log(flags.outf, COLUMNS, run.log, run.step, flags.tensorboard)
+    run.log.open(flags.outf, run.step, flags.tensorboard)
 
 
-def log_losses(
-    run: Run, log: utils.Log | None, bar: tqdm, losses: Tensor, first: int, begun: float
-) -> None:
+def log_losses(run: Run, bar: tqdm, losses: Tensor, first: int, begun: float) -> None:
     """Writes a row of the losses (3,) of the last step. Raises UserError if one is not finite.
 
-    A mean over the steps since the last row would differ after a resume. The speed is that since
-    step `first` of the epoch, at the time `begun`.
+    A mean over the steps since the last row would differ after a resume. The speed is the mean
+    since the time `begun`, when `first` steps were done.
     """
     used = LOSSES if run.discriminator else LOSSES[:2]
     values = dict(zip(used, utils.average(losses, run.world).tolist(), strict=False))
     for name, value in values.items():
         if not math.isfinite(value):
             raise diverged(run, f"{name} is {value}")
-    if log:
+    if run.world.rank == 0:
         lr = run.flags.lr * run.rate_factor
         speed = (run.step - first) * run.flags.batch_size / (time.perf_counter() - begun)
         row = {"epoch": run.epoch + 1, "step": run.step, "lr": lr, "images_per_s": round(speed, 1)}
-        log.add(**row, **values)
+        run.log.add(**row, **values)
         bar.set_description(f"epoch {run.epoch + 1}/{run.flags.niter}", refresh=False)
         bar.set_postfix({k: f"{v:.4g}" for k, v in values.items()}, refresh=False)
 
@@ -642,11 +652,11 @@ def diverged(run: Run, what: str) -> UserError:
     return UserError(f"{what} at step {run.step}; {hint}")
 
 
-def end_epoch(run: Run, log: utils.Log, data: Data, speed: float, seconds_left: float) -> None:
+def end_epoch(run: Run, data: Data, speed: float, seconds_left: float) -> None:
     """Logs the metrics of an epoch, and draws its pictures."""
     metrics, _, _ = held_out_metrics(run, data)
     metrics = {name: metrics[name] for name in METRICS if name in metrics}
-    log.add(epoch=run.epoch, step=run.step, **metrics)
+    run.log.add(epoch=run.epoch, step=run.step, **metrics)
     figures = ", ".join(f"{name} {value:.4g}" for name, value in metrics.items())
     left = timedelta(seconds=round(seconds_left))
     epochs = f"epoch {run.epoch}/{run.flags.niter}"
@@ -654,16 +664,15 @@ def end_epoch(run: Run, log: utils.Log, data: Data, speed: float, seconds_left: 
     if run.epoch % run.flags.sample_every == 0 or run.epoch == run.flags.niter:
         for name, picture in sample_grids(run, data).items():
             utils.save_picture(run.flags.outf / f"{name}_epoch_{run.epoch:03d}.png", picture)
-            log.add_picture(name, picture, run.step)
+            run.log.add_picture(name, picture, run.step)
 
 
-def save(run: Run, log: utils.Log, data: Data) -> None:
+def save(run: Run, data: Data) -> None:
     """Writes all that is needed to continue. Raises UserError if a weight is not finite."""
     for network in run.networks.values():
         if not all(t.isfinite().all() for t in network.state_dict().values()):
             raise diverged(run, "weights are not finite")
-    log.flush()
-    run.log = log.text
+    run.log.flush()
     flags = {k: v for k, v in vars(run.flags).items() if k not in NOT_KEPT}
     for name in PATHS:  # a run may continue from another folder
         flags[name] = flags[name] and str(flags[name].resolve())
@@ -671,12 +680,12 @@ def save(run: Run, log: utils.Log, data: Data) -> None:
     utils.save_checkpoint(run.flags.outf / CHECKPOINT, state)
 
 
-def finish(run: Run, log: utils.Log, data: Data) -> None:
+def finish(run: Run, data: Data) -> None:
     """Fits the mixture to the training codes, and writes the metrics of the finished run."""
     fit_mixture(run, data)
     metrics, codes, _ = held_out_metrics(run, data)
     write_metrics(run, run.flags.outf, metrics, codes)
-    save(run, log, data)
+    save(run, data)
     utils.say(f"pictures and metrics are in {run.flags.outf}; --evaluate writes samples")
 
 
@@ -684,21 +693,15 @@ def finish(run: Run, log: utils.Log, data: Data) -> None:
 # Evaluation
 
 
-def eval_batch(flags: Namespace) -> int:
-    """Images that are encoded or decoded at a time: at any size in the same memory."""
-    return EVAL_BATCH * 64**2 // flags.image_size**2
-
-
 def in_parts(run: Run, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """function(x), of so many rows at a time."""
-    return torch.cat([function(part) for part in x.split(eval_batch(run.flags))])
+    """function(x), computed on `run.eval_batch` rows at a time."""
+    return torch.cat([function(part) for part in x.split(run.eval_batch)])
 
 
 def images_in_order(run: Run, data: Data, rows: np.ndarray) -> Iterator[Tensor]:
-    """Batches of the images of these rows, (n, C, S, S)."""
-    utils.set_seed(run.flags.seed, "encode")  # a Gaussian encoder draws the same codes every time
-    n = eval_batch(run.flags)
-    parts = np.split(rows, range(n, len(rows), n))
+    """Seeds a Gaussian encoder's draws, and returns batches (n, C, S, S) of these rows' images."""
+    utils.set_seed(run.flags.seed, "encode")
+    parts = np.split(rows, range(run.eval_batch, len(rows), run.eval_batch))
     return map(utils.from_uint8, utils.batches(data.images, parts, run.world.device))
 
 
@@ -736,7 +739,7 @@ def fit_mixture(run: Run, data: Data) -> None:
     Of the second, only what it scores on new prior samples is kept.
     """
     pz_scale = run.flags.pz_scale
-    rows = data.train[: model.MIXTURE_CODES]
+    rows = data.train[:MIXTURE_CODES]
     codes = torch.cat([run.net.encode(x) for x in images_in_order(run, data, rows)])
     utils.set_seed(run.flags.seed, "mixture")
     run.mixture = model.fit_mixture(codes, pz_scale)
@@ -757,7 +760,7 @@ def write_metrics(run: Run, folder: Path, metrics: dict[str, float], codes: Tens
 
 @torch.no_grad()
 def sample_grids(run: Run, data: Data) -> dict[str, Image.Image]:
-    """Pictures of samples, from always the same codes, and of held-out images and paths."""
+    """Pictures of samples (always of the same codes), reconstructions and interpolations."""
     utils.set_seed(run.flags.seed, "pictures")
     samples = in_parts(run, run.net.decode, run.net.sample_prior(64))
     rows = data.test[np.linspace(0, len(data.test) - 1, 32).astype(int)]
@@ -789,19 +792,19 @@ def sample_images(run: Run, density: str, n: int) -> Iterator[Tensor]:
     """n decoded samples of the prior or the mixture, in batches."""
     mixture = model.mixture(**run.mixture) if density == "mixture" else None
     utils.set_seed(run.flags.seed, "samples", density)
-    for first in range(0, n, eval_batch(run.flags)):
-        m = min(n - first, eval_batch(run.flags))
+    for first in range(0, n, run.eval_batch):
+        m = min(n - first, run.eval_batch)
         codes = mixture.sample((m,)).float() if mixture else run.net.sample_prior(m)
         yield run.net.decode(codes)
 
 
 @torch.no_grad()
-def evaluate(run: Run, data: Data, folder: Path) -> int:
-    """Writes images, codes and metrics to the folder. Returns 0."""
+def evaluate(run: Run, data: Data, folder: Path) -> None:
+    """Writes images, codes and metrics to the folder."""
     metrics, codes, errors = held_out_metrics(run, data)
     sets = {
         "real": images_in_order(run, data, data.test),
-        "reconstructions": map(run.net.decode, codes.split(eval_batch(run.flags))),
+        "reconstructions": map(run.net.decode, codes.split(run.eval_batch)),
     }
     for density in ("prior", "mixture") if run.mixture else ("prior",):
         sets[f"samples_{density}"] = sample_images(run, density, run.flags.n_samples)
@@ -815,11 +818,10 @@ def evaluate(run: Run, data: Data, folder: Path) -> int:
     utils.write_csv(folder / "images.csv", ("path", "squared_error"), rows)
     write_metrics(run, folder, metrics, codes)
     utils.say(f"images, codes and metrics are in {folder}")
-    return 0
 
 
-def generate(run: Run, folder: Path) -> int:
-    """Writes --generate samples to the folder, and a picture of the first ones. Returns 0."""
+def generate(run: Run, folder: Path) -> None:
+    """Writes --generate samples to the folder, and a picture of the first ones."""
     flags = run.flags
     if flags.density == "mixture" and not run.mixture:
         raise UserError("--density=mixture: it is fitted after the last epoch of a run")
@@ -829,7 +831,6 @@ def generate(run: Run, folder: Path) -> int:
     picture = flags.outf / "generated.png"
     utils.save_picture(picture, utils.grid(torch.stack(first), columns=8))
     utils.say(f"{flags.generate} images are in {folder}, and the first of them in {picture}")
-    return 0
 
 
 def load_network(path: Path | str) -> model.AutoEncoder:
@@ -897,18 +898,17 @@ def execute(argv: list[str]) -> int:
         elif flags.init:
             run.load_networks(utils.load_checkpoint(flags.init, "flags", "net"))
         run.net.eval()
-        if flags.generate:
-            return generate(run, folder)
         # Training batches have one shape, so that the search for fast convolutions pays.
         torch.backends.cudnn.benchmark = True
-        data = load_data(flags, checkpoint, world)
-        if flags.evaluate:
-            return evaluate(run, data, folder)
-        if run.epoch >= flags.niter and run.mixture:
+        signum = 0
+        if flags.generate:
+            generate(run, folder)
+        elif flags.evaluate:
+            evaluate(run, load_data(flags, checkpoint, world), folder)
+        elif run.epoch >= flags.niter and run.mixture:
             utils.say(f"the run in {flags.outf} is complete; a larger --niter continues it")
-            utils.leave_world()
-            return 0
-        signum = train(run, data)
+        else:
+            signum = train(run, load_data(flags, checkpoint, world))
         utils.leave_world()
         return 128 + signum if signum else 0
 
@@ -917,15 +917,17 @@ def launch(processes: int, argv: list[str]) -> None:
     """Becomes `torchrun` with so many processes of this command on this machine."""
     # After a signal, a process has this long to end its step and to write a checkpoint.
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "300")
-    names = ",".join(signal.Signals(number).name for number in utils.Stop.SIGNALS)
+    names = ",".join(number.name for number in utils.Stop.SIGNALS)
     os.environ.setdefault("PET_SIGNALS_TO_HANDLE", names)  # --signals-to-handle of torchrun
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
-    command = [*torchrun, f"--nproc_per_node={processes}", os.path.abspath(__file__), *argv]
-    os.execv(sys.executable, [sys.executable, *command])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nnodes=1"]
+    command += [f"--nproc_per_node={processes}", os.path.abspath(__file__), *argv]
+    os.execv(sys.executable, command)
 
 
 def main() -> int:
     """Runs the program and shows each error that a user can fix as one line."""
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # of file names that it cannot write
     try:
         return execute(sys.argv[1:])
     except KeyboardInterrupt:

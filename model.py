@@ -37,9 +37,6 @@ PIXEL_NOISE = 0.01
 # A kernel matrix with more entries is computed in blocks of rows; on a GPU, four times as many.
 BLOCK_ENTRIES = 2**20
 
-# Codes that a mixture is fitted to, at most.
-MIXTURE_CODES = 20_000
-
 
 # --------------------------------------------------------------------------------------------------
 # Networks
@@ -59,7 +56,7 @@ class Encoder(nn.Module):
         channels: C, 3 for colour and 1 for grey images.
         nz: latent dimensions.
         nf: channels of the first convolution.
-        arch: `dcgan` has 4x4 convolutions, as the decoder and as DCGAN's discriminator; `paper` has
+        arch: `dcgan` has 4x4 convolutions, as DCGAN's discriminator has; `paper` has
             the 5x5 ones of the paper's appendix. Both halve the image down to 4x4.
         noise: the randomness of Q(Z|X). `deterministic` has none. `add_noise` adds Gaussian noise
             to the pixels while training. `gaussian` has a variance for each image and dimension.
@@ -191,8 +188,8 @@ class AutoEncoder(nn.Module):
             return self.decoder(z)
 
     def sample_prior(self, n: int) -> Tensor:
-        """n samples of the prior, (n, nz)."""
-        return sample_prior(n, self.nz, self.pz_scale, self.device)
+        """n samples of P_Z = N(0, pz_scale^2 I), (n, nz)."""
+        return self.pz_scale * torch.randn(n, self.nz, device=self.device)
 
     def sample(self, n: int) -> Tensor:
         """n images (n, C, S, S) of samples of the prior."""
@@ -207,13 +204,13 @@ class Discriminator(nn.Module):
     log p(z) - log q(z), and p is known, so only log q(z) is left to learn.
     """
 
-    def __init__(self, nz: int = 64, width: int = 512, prior_scale: float | None = None):
+    def __init__(self, nz: int, prior_scale: float | None = None):
         super().__init__()
         self.prior_scale = prior_scale
         layers: list[nn.Module] = []
-        for n_in, n_out in pairwise([nz, width, width, width, width]):
+        for n_in, n_out in pairwise([nz, 512, 512, 512, 512]):
             layers += [nn.Linear(n_in, n_out), nn.ReLU(inplace=True)]
-        self.layers = nn.Sequential(*layers, nn.Linear(width, 1))
+        self.layers = nn.Sequential(*layers, nn.Linear(512, 1))
 
     def forward(self, z: Tensor) -> Tensor:
         """Codes (N, nz) to logits (N,)."""
@@ -238,11 +235,6 @@ def draw_code(mean: Tensor, log_variance: Tensor | None) -> Tensor:
     if log_variance is None:
         return mean
     return mean + torch.randn_like(mean) * torch.exp(log_variance / 2)
-
-
-def sample_prior(n: int, nz: int, pz_scale: float, device: torch.device | str = "cpu") -> Tensor:
-    """n samples of P_Z = N(0, pz_scale^2 I), (n, nz), from the global generator."""
-    return pz_scale * torch.randn(n, nz, device=device)
 
 
 def prior_log_density(z: Tensor, pz_scale: float) -> Tensor:
@@ -313,7 +305,8 @@ class Kernel:
         quadratic: float = 0.0,
         device: torch.device | str = "cpu",
     ):
-        self.name, v = name, pz_scale**2
+        self.name = name
+        v = pz_scale**2
         self.bases = [2 * nz * v * scale for scale in (scales if name == "IMQ" else (1.0,))]
         self.base_column = torch.tensor(self.bases, device=device)[:, None, None]
         self.nz_v = nz * v  # E |p|^2
@@ -349,7 +342,7 @@ class Kernel:
         d2 = (a2 + b2 - 2 * products).clamp(min=0)
         if self.name == "RBF":
             values = torch.exp(-d2 / (2 * self.bases[0]))
-        elif d2.is_cuda:  # a GPU waits for launches, a CPU for memory
+        elif d2.is_cuda:  # one launch for all scales; a CPU is slower that way
             values = (self.base_column / (self.base_column + d2)).sum(0)
         else:
             values = sum(base / (base + d2) for base in self.bases)
@@ -505,14 +498,14 @@ def gaussian_scores(codes: Tensor, pz_scale: float = 1.0) -> Tensor:
 
 
 @cache
-def prior_scores(n: int, nz: int, pz_scale: float, draws: int = 20) -> tuple[Tensor, Tensor]:
+def prior_scores(n: int, nz: int, pz_scale: float) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of `gaussian_scores` of n samples of the prior, (3,) each.
 
-    The draws are always the same ones. A figure of n codes that is near them cannot be told from
-    one of the prior.
+    They are of twenty draws, always the same ones. Codes whose figure is that near cannot be told
+    from samples of the prior.
     """
     generator = torch.Generator().manual_seed(0)
-    samples = (pz_scale * torch.randn(n, nz, generator=generator) for _ in range(draws))
+    samples = (pz_scale * torch.randn(n, nz, generator=generator) for _ in range(20))
     scores = torch.stack([gaussian_scores(z, pz_scale) for z in samples])
     return scores.mean(0), scores.std(0)
 
@@ -575,17 +568,14 @@ def spread_points(codes: Tensor, k: int) -> Tensor:
     return chosen
 
 
-def fit_mixture(
-    codes: Tensor, pz_scale: float = 1.0, components: int = 10, iterations: int = 100
-) -> dict[str, Tensor]:
+def fit_mixture(codes: Tensor, pz_scale: float = 1.0, components: int = 10) -> dict[str, Tensor]:
     """The arguments of a `mixture` of Gaussians fitted to codes (N, nz) by EM, in float64.
 
     Samples of it, decoded, are the ex-post density estimation of Ghosh et al., ICLR 2020. A
     component of few codes has too few for a covariance of its own. So each covariance starts from
     2 nz pseudo-codes with the covariance of all codes, and that one from nz samples of the prior.
-    Of many codes, the first `MIXTURE_CODES` are fitted.
     """
-    codes = codes[:MIXTURE_CODES].double()
+    codes = codes.double()
     n, nz = codes.shape
     components = min(components, n)
     of_prior = pz_scale**2 * torch.eye(nz).to(codes)
@@ -595,7 +585,7 @@ def fit_mixture(
     means = spread_points(codes, components)
     covariances = of_all.expand(components, nz, nz)
     likelihood = -math.inf
-    for _ in range(iterations):
+    for _ in range(100):
         # E step: the responsibility of each component for each code.
         pairs = zip(means, covariances, strict=True)
         gaussians = [MultivariateNormal(m, c, validate_args=False) for m, c in pairs]

@@ -325,7 +325,7 @@ def load_images(
             files[os.path.abspath(folder / name)] = (held_out, name, *status)
     paths, keys = [Path(path) for path in files], list(files.values())
     folder = (cache_dir or root) / ".wae"
-    # A `cache_dir` serves several roots; beside its images, the array may be moved with them.
+    # In a `cache_dir` the name tells the root. Beside its images it does not: all may be moved.
     home = digest(root.resolve() if cache_dir else "here", testroot and testroot.resolve())
     prefix = f"{size}_{channels}_{crop}_{home}"
     target = folder / f"{prefix}_{digest(*keys)}.u8"
@@ -335,6 +335,7 @@ def load_images(
             with lock(folder, wait=True):
                 if not target.exists():  # nor has another process built it meanwhile
                     build_array(target, paths, size=size, crop=crop, channels=channels)
+                    # The first * finds what a killed process left half-written, too.
                     for old in folder.glob(f"*{prefix}_*"):
                         if old.stem != target.stem:
                             old.unlink(missing_ok=True)
@@ -368,17 +369,15 @@ def hold_out(data: Data, n_test: int | None) -> Data:
     folders = defaultdict(list)
     for row, name in enumerate(data.names):
         folders[os.path.dirname(name)].append(row)
-    held_out: list[int] = []
+    held_out = np.zeros(n, bool)
     before = 0
     for rows in folders.values():
         after = before + len(rows)
         # Rounded so that the counts add up to n_test.
         count = after * n_test // n - before * n_test // n
-        held_out += rows[len(rows) - count :]
+        held_out[rows[len(rows) - count :]] = True
         before = after
-    return data._replace(
-        train=np.setdiff1d(np.arange(n), held_out), test=np.sort(np.array(held_out, int))
-    )
+    return data._replace(train=np.flatnonzero(~held_out), test=np.flatnonzero(held_out))
 
 
 def count_images(data: Data) -> str:
@@ -406,7 +405,7 @@ def warn_of_folders(root: Path, names: Sequence[str]) -> None:
         splits = sorted(name for name in inside if name.lower() in SPLITS)
         splits.sort(key=lambda name: "train" not in name.lower())
         masks = sorted(name for name in inside if name.lower() in MASKS)
-        others = sorted(inside.difference(masks))
+        others = sorted(inside.difference(masks, [""]))
         if len(splits) > 1:
             train, test, *_ = (folder / name for name in splits)
             hint = f"--dataroot={train} --testroot={test} tells them apart"
@@ -432,16 +431,12 @@ def epoch_order(n_images: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def batches(
-    images: Images,
-    indices: Iterable[np.ndarray],
-    device: torch.device,
-    out: Tensor | None = None,
-    ahead: int = 3,
+    images: Images, indices: Iterable[np.ndarray], device: torch.device, out: Tensor | None = None
 ) -> Iterator[Tensor]:
     """Batches images[i] for each array of indices i: uint8 (n, S, S, C) on the device.
 
     With `out`, each batch replaces the one before it in that tensor. From memory-mapped images a
-    thread gathers `ahead` batches in advance, into pinned memory when they go to a GPU.
+    thread gathers three batches in advance, into pinned memory when they go to a GPU.
     """
     if isinstance(images, Tensor):
         for index in indices:
@@ -458,14 +453,14 @@ def batches(
             return batch.to(device, non_blocking=True)
         return out.copy_(batch, non_blocking=True)
 
-    # A thread starts with GPU 0, and would take memory there.
+    # A new thread uses GPU 0 unless told otherwise, and pinning would take memory there.
     prepare = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
     with ThreadPoolExecutor(1, initializer=prepare) as thread:
         queue: deque = deque()
         try:
             for index in indices:
                 queue.append(thread.submit(read, index))
-                if len(queue) > ahead:
+                if len(queue) > 3:
                     yield place(queue.popleft().result())
             while queue:
                 yield place(queue.popleft().result())
@@ -529,7 +524,7 @@ def join_world(cuda: bool, gpu_id: int) -> World:
         return World(0, 1, pick_device(cuda, gpu_id))
     end_with_parent()
     device = pick_device(cuda, int(os.environ["LOCAL_RANK"]))
-    # All wait an hour for rank 0, which decodes images and evaluates epochs.
+    # The others wait up to an hour for rank 0, which decodes images and evaluates epochs.
     dist.init_process_group(
         "nccl" if cuda else "gloo", timeout=timedelta(hours=1), device_id=device if cuda else None
     )
@@ -600,9 +595,9 @@ class Recorded:
     ordinary ones, cuDNN and the compiler make their choices.
 
     Args:
-        step: returns a tensor, which is the same one, changed in place, after the recording. It
-            must not wait for the GPU. What changes between steps, such as the batch or a rate, must
-            be a tensor that is changed in place.
+        step: never waits for the GPU, and returns a tensor; after the recording, each call returns
+            the same tensor with new values. What changes between steps, such as the batch or a
+            rate, must be a tensor that is changed in place.
     """
 
     WARM_UP = 3
@@ -631,7 +626,7 @@ class Recorded:
             with torch.cuda.graph(graph, **how):
                 self.output = self.step()
         except Exception as error:
-            # The error is that of ending the recording, and its context says why it failed.
+            # The error says that the recording ended; its context says why.
             reason = first_line(error.__context__ or error)
             raise UserError(f"the step cannot be recorded, try --no-graph: {reason}") from error
         self.graph = graph
@@ -647,7 +642,7 @@ class Stop:
     It is a context, in the main thread of a program, and puts back the handlers that were there.
     Only a second Ctrl-C, which a person types, ends at once: a closed terminal sends SIGHUP twice,
     and log-outs send two kinds. Slurm and submitit send SIGUSR1 and SIGUSR2. Under torchrun one
-    Ctrl-C arrives twice, from the terminal and from torchrun, so that no second one ends the run.
+    Ctrl-C arrives twice, from the terminal and from torchrun; there a second one is like the first.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -689,7 +684,7 @@ class Stop:
 
 
 def progress(name: str, total: int, **options: Any) -> tqdm:
-    """A progress bar on a terminal, and nothing where standard error is none."""
+    """A progress bar, which is shown if standard error is a terminal."""
     shown = is_main() and sys.stderr is not None and sys.stderr.isatty()
     return tqdm(desc=name, total=total, disable=not shown, leave=False, **options)
 
@@ -730,7 +725,7 @@ def first_line(error: BaseException) -> str:
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Replaces `path` by the state. Raises UserError if it cannot be written."""
-    content = io.BytesIO()  # on a full disk, torch.save itself raises what does not name the disk
+    content = io.BytesIO()  # on a full disk, torch.save raises an error that does not say so
     torch.save(state, content)
     with atomic_write(path) as file:
         file.write(content.getbuffer())
@@ -749,8 +744,10 @@ def load_checkpoint(path: Path, *needed: str) -> dict[str, Any]:
     except Exception as error:  # torch.load and pickle fail on broken files in many ways
         name = type(error).__name__
         raise UserError(f"{path}: not a whole checkpoint of this program ({name})") from error
-    if not isinstance(state, dict) or not set(needed) <= state.keys():
-        raise UserError(f"{path}: not a checkpoint of this program")
+    if missing := set(needed).difference(state if isinstance(state, dict) else ()):
+        raise UserError(
+            f"{path}: not a checkpoint of this program with {', '.join(sorted(missing))}"
+        )
     return state
 
 
@@ -765,12 +762,14 @@ class Log:
     that rows written after the last checkpoint are replaced and not repeated.
     """
 
-    def __init__(
-        self, folder: Path, columns: Sequence[str], text: str, step: int, tensorboard: bool
-    ):
-        self.path, self.columns = folder / "log.csv", columns
-        self.text = text or ",".join(columns) + "\n"
+    def __init__(self, columns: Sequence[str]):
+        self.columns = columns
+        self.text = ",".join(columns) + "\n"
         self.board = None
+
+    def open(self, folder: Path, step: int, tensorboard: bool) -> None:
+        """Writes `text` to the folder; rows that are added after this step follow it there."""
+        self.path = folder / "log.csv"
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -806,7 +805,7 @@ class Log:
 
 def grid(images: Tensor, columns: int) -> Image.Image:
     """A picture of images (N, C, S, S) in [0, 1], row by row."""
-    canvas = make_grid(images.clamp(0, 1), nrow=columns, padding=2, pad_value=1)
+    canvas = make_grid(images, nrow=columns, padding=2, pad_value=1)
     return Image.fromarray(to_uint8(canvas[None])[0])
 
 
@@ -817,7 +816,7 @@ def save_picture(path: Path, picture: Image.Image) -> None:
 
 
 def write_images(folder: Path, batches: Iterable[Tensor]) -> Iterator[Tensor]:
-    """Passes on batches of images (n, C, S, S) in [0, 1], and writes them as 00000.png and on.
+    """Passes on batches of images (n, C, S, S) in [0, 1], and writes 00000.png, 00001.png, ...
 
     Images of that kind that an earlier call wrote beyond the last one are removed; no other file is
     touched.
@@ -829,7 +828,7 @@ def write_images(folder: Path, batches: Iterable[Tensor]) -> Iterator[Tensor]:
         for pixels in to_uint8(images):
             path = folder / f"{count:05d}.png"
             with writing(path):
-                Image.fromarray(pixels.squeeze(-1) if pixels.shape[-1] == 1 else pixels).save(path)
+                Image.fromarray(pixels.squeeze()).save(path)  # grey: (S, S)
             count += 1
         yield images
     for path in folder.iterdir():

@@ -68,7 +68,7 @@ class Bench:
 
     def loop(self, run: main.Run) -> float:
         """The images/s of an epoch of main.train after its first rows, in which it records."""
-        run.step, run.epoch, run.log = 0, 0, ""
+        run.step, run.epoch, run.log = 0, 0, utils.Log(main.COLUMNS)
         end = mock.patch.object(main, "end_epoch", side_effect=EndOfEpoch)
         with end, suppress(EndOfEpoch):
             main.train(run, self.data)

@@ -469,7 +469,7 @@ def test_batches_thread(array):
     before = threading.active_count()
     order = np.arange(50).reshape(25, 2)
     indices = (asked.append(index) or index for index in order)
-    for taken, _ in enumerate(utils.batches(array, indices, CPU, ahead=3), 1):
+    for taken, _ in enumerate(utils.batches(array, indices, CPU), 1):
         assert len(asked) <= taken + 3
     assert taken == 25
     with contextlib.closing(utils.batches(array, order, CPU)) as stream:

@@ -406,10 +406,3 @@ def test_train_on_a_full_disk(max_bytes, name, copy, mmd_flags, tmp_path):
     assert (copy / CHECKPOINT).read_bytes() == before
     assert {path.name for path in copy.glob(".*")} == {".lock"}
     assert main.execute(flags) == 0
-
-
-def test_lock_that_cannot_be_written(mmd_flags, tmp_path):
-    (tmp_path / "file").touch()
-    outf = tmp_path / "file" / "out"
-    with pytest.raises(utils.UserError, match=f"^cannot write {outf}/.lock: Not a directory$"):
-        main.execute([*mmd_flags, f"--outf={outf}"])
