@@ -37,7 +37,7 @@ case "${1:-reproduce}" in
 reproduce)
     celeba
     for mode in gan mmd; do
-        python3 main.py --dataroot=data/celebA --cuda --mode=$mode --outf=outputs/$mode
+        python3 main.py --dataroot=data/celebA --cuda --amp --mode=$mode --outf=outputs/$mode
     done
     ;;
 paper)
