@@ -121,6 +121,10 @@ def test_train_in_two_processes(tiny_flags, tmp_path):
     assert steps(outf) == [1, 2, 3, 4, 5, 6]
     assert [int(row["step"]) for row in rows(outf) if row["test_mse"]] == [3, 6]
     assert "is complete" in train(tmp_path, *flags)[0].out
+    use = [f"--outf={outf}", "--evaluate"]
+    ranks = enumerate(torchrun_variables(2))
+    for process in [Program(tmp_path / f"{rank}", *use, env=env) for rank, env in ranks]:
+        process.fails(2, "--evaluate and --generate run in one process: leave out torchrun")
     assert main.execute([f"--outf={outf}", "--evaluate"]) == 0
 
 
