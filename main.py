@@ -422,11 +422,11 @@ class Step:
         # Several processes and the compiler wrap these; `run` keeps the networks themselves.
         self.net, self.discriminator = run.net, run.discriminator
         self.mmd = model.exact_mmd if flags.mmd == "exact" else model.sampled_mmd
-        if world.size > 1:  # gradients are averaged over the processes
-            self.net = DistributedDataParallel(run.net, broadcast_buffers=False)
+        if world.size > 1:
+            wrap = partial(DistributedDataParallel, broadcast_buffers=False)  # averages gradients
+            self.net = wrap(run.net)
             if run.discriminator:
-                wrapped = DistributedDataParallel(run.discriminator, broadcast_buffers=False)
-                self.discriminator = wrapped
+                self.discriminator = wrap(run.discriminator)
         if flags.compile:
             self.net, self.mmd = torch.compile(self.net), torch.compile(self.mmd)
 

@@ -250,15 +250,31 @@ def test_train_log(six_epochs):
 def test_learning_rate_factor():
     """In 55 epochs the schedules are one; in others `scaled` is stretched, and `paper` is not."""
     schedules = {
-        ("paper", 55): [(1, 210), (0.5, 140), (0.1, 35)],
-        ("scaled", 55): [(1, 210), (0.5, 140), (0.1, 35)],
-        ("paper", 120): [(1, 210), (0.5, 140), (0.1, 350), (0.01, 140)],
-        ("scaled", 120): [(1, 459), (0.5, 305), (0.1, 76)],  # falls after 458.2 and 763.6
+        ("paper", 55, 7): [(1, 210), (0.5, 140), (0.1, 35)],
+        ("scaled", 55, 7): [(1, 210), (0.5, 140), (0.1, 35)],
+        ("scaled", 55, 4): [(1, 120), (0.5, 80), (0.1, 20)],
+        ("paper", 103, 4): [(1, 120), (0.5, 80), (0.1, 200), (0.01, 12)],
+        ("paper", 120, 7): [(1, 210), (0.5, 140), (0.1, 350), (0.01, 140)],
+        ("scaled", 120, 7): [(1, 459), (0.5, 305), (0.1, 76)],  # falls after 458.2 and 763.6
+        ("scaled", 11, 10): [(1, 60), (0.5, 40), (0.1, 10)],
+        ("scaled", 1, 7): [(1, 4), (0.5, 3)],  # falls after 3.8 and 6.4
     }
-    for (schedule, niter), expected in schedules.items():
+    for (schedule, niter, per_epoch), expected in schedules.items():
         flags = argparse.Namespace(lr_schedule=schedule, niter=niter)
-        factors = [main.learning_rate_factor(step, 7, flags) for step in range(niter * 7)]
+        places = range(niter * per_epoch)
+        factors = [main.learning_rate_factor(step, per_epoch, flags) for step in places]
         assert [(k, len(list(group))) for k, group in itertools.groupby(factors)] == expected
+
+
+def test_fit_mixture_codes(tiny_flags, tmp_path, monkeypatch):
+    """Of many codes, the first are fitted, and as many prior samples."""
+    fitted = []
+    fit = main.model.fit_mixture
+    monkeypatch.setattr(main, "MIXTURE_CODES", 5)
+    monkeypatch.setattr(main.model, "fit_mixture", lambda z, s: fitted.append(len(z)) or fit(z, s))
+    flags = [*tiny_flags, "--mode=mmd", "--niter=1", f"--outf={tmp_path / 'x'}"]
+    assert main.execute(flags) == 0
+    assert fitted == [5, 5]
 
 
 def test_train_complete(trained, tmp_path, capfd):
